@@ -1,0 +1,279 @@
+"""Train a byte-level GPT twice: with fp32 `optax.adamw`, then with `stquant.adamw` at 5 bits.
+
+    python examples/train_gpt.py --steps 500 --bits 5 --json train_gpt.json
+
+The text is the source of the Python that runs this file, so nothing is downloaded. Both runs start
+from the same weights and see the same bytes; only the optimizer line differs.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import platform
+import statistics
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import stquant_jax as stquant
+
+
+def flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = flag(500, "training steps of each run")
+    bits: float = flag(5.0, "all-in bits per element of optimizer state")
+    lr: float = flag(3e-3, "peak learning rate")
+    weight_decay: float = flag(0.1, "decoupled weight decay")
+    batch: int = flag(8, "sequences per step")
+    length: int = flag(128, "bytes per sequence")
+    layers: int = flag(5, "transformer blocks")
+    features: int = flag(128, "width of the residual stream")
+    heads: int = flag(4, "attention heads")
+    seed: int = flag(0, "seed of the weights and of the order of the data")
+    seeds: int = flag(1, "fp32 runs, each from its own seed, to show the noise between seeds")
+
+
+# --- data: the standard library, byte by byte ---
+
+EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+EXCLUDED |= {"encodings", "pydoc_data"}  # tables, not prose
+
+
+def load_corpus(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of all sources under `root`: (15 of 16 files to train on, the others to validate)."""
+    sources = {path.relative_to(root): path for path in root.rglob("*.py")}
+    parts: tuple[list[bytes], list[bytes]] = [], []
+    for name in sorted(sources):
+        if EXCLUDED.isdisjoint(name.parent.parts):
+            held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] < 16
+            parts[held_out].append(sources[name].read_bytes())
+    train, valid = (np.frombuffer(b"".join(part), np.uint8) for part in parts)
+    if not (train.size and valid.size):
+        raise SystemExit(
+            f"no Python sources under {root}: this Python ships its standard library without them; "
+            "run with another one, e.g. `make demo PYTHON=/path/to/python3`"
+        )
+    return train, valid
+
+
+# --- model: GPT-2 with rotary positions ---
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary position embedding of x[batch, length, head, feature] (arXiv:2104.09864)."""
+    speeds = 1e4 ** -jnp.linspace(0, 1, x.shape[3] // 2)
+    angles = jnp.arange(x.shape[1])[:, None, None] * speeds
+    a, b = jnp.split(x, 2, axis=3)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        d = cfg.features
+        small = nnx.initializers.normal(0.02 / (2 * cfg.layers) ** 0.5)
+        self.heads = cfg.heads
+        self.norm1 = nnx.LayerNorm(d, use_bias=False, rngs=rngs)
+        self.qkv = nnx.Linear(d, 3 * d, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(d, d, use_bias=False, kernel_init=small, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(d, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(d, 4 * d, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(4 * d, d, use_bias=False, kernel_init=small, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, d = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, d // self.heads)
+        q, k, v = jnp.unstack(qkv, axis=2)
+        mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        x = x + self.out(mixed.reshape(x.shape))
+        return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nnx.Module):
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        self.tokens = nnx.Embed(256, cfg.features, rngs=rngs)
+        self.blocks = nnx.List([Block(cfg, rngs) for _ in range(cfg.layers)])
+        self.norm = nnx.LayerNorm(cfg.features, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(cfg.features, 256, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.tokens(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def loss_of(graph: nnx.GraphDef, params: nnx.State, text: jax.Array) -> jax.Array:
+    """Mean cross-entropy, nats per byte, of `text` uint8[batch, length + 1]."""
+    logits = nnx.merge(graph, params)(text[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+
+
+# --- training ---
+
+CHUNK = 10  # steps per dispatch, and between two updates of the progress bar
+VALIDATION = 512  # sequences
+
+
+def windows(text: np.ndarray | jax.Array, starts: Any, length: int) -> Any:
+    return text[starts[:, None] + np.arange(length + 1)]
+
+
+def train(
+    cfg: Config,
+    name: str,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    corpus: tuple[np.ndarray, np.ndarray],
+) -> dict[str, Any]:
+    """One run: loss curve, validation loss, bytes of optimizer state, seconds per step."""
+    graph, params = nnx.split(GPT(cfg, nnx.Rngs(seed)))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+    opt_state = tx.init(params)
+    text, held_out = corpus
+
+    def step(carry, key, text):
+        params, opt_state = carry
+        starts = jax.random.randint(key, (cfg.batch,), 0, text.size - cfg.length)
+        batch = windows(text, starts, cfg.length)
+        loss, grads = jax.value_and_grad(functools.partial(loss_of, graph))(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(carry, keys, text):
+        return jax.lax.scan(functools.partial(step, text=text), carry, keys)
+
+    carry, text = (params, opt_state), jnp.asarray(text)
+    keys = jax.random.split(jax.random.key(seed), cfg.steps)
+    losses, seconds = [], []
+    with tqdm(total=cfg.steps, desc=name, unit="step") as bar:
+        for first in range(0, cfg.steps, CHUNK):
+            begin = time.perf_counter()
+            carry, chunk = steps(carry, keys[first : first + CHUNK], text)
+            losses += np.asarray(chunk).tolist()  # waits for the device
+            seconds.append((time.perf_counter() - begin) / len(chunk))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.update(len(chunk))
+    params, opt_state = carry
+
+    starts = np.linspace(0, held_out.size - cfg.length - 1, VALIDATION).astype(int)
+    valid = windows(held_out, starts, cfg.length)
+    return {
+        "val_loss": float(jax.jit(functools.partial(loss_of, graph))(params, valid)),
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
+        "params": sum(x.size for x in jax.tree.leaves(params)),
+        "seconds_per_step": statistics.median(seconds[1:] or seconds),  # the first one compiles
+        "loss": losses,
+    }
+
+
+# --- the two runs side by side ---
+
+
+def show_table(cfg: Config, runs: dict[str, dict[str, Any]]) -> None:
+    fp32, packed = runs["optax.adamw"], runs["stquant.adamw"]
+    table = Table(title=f"{fp32['params']:,} parameters, {cfg.steps} steps, {cfg.bits} bits")
+    table.add_column("optimizer")
+    for heading in ("valid. loss", "state bytes", "bytes/param", "ratio", "s/step"):
+        table.add_column(heading, justify="right")
+    for name, run in runs.items():
+        table.add_row(
+            name,
+            f"{run['val_loss']:.4f}",
+            f"{run['state_bytes']:,}",
+            f"{run['state_bytes'] / run['params']:.3f}",
+            f"{run['state_bytes'] / fp32['state_bytes']:.4f}",
+            f"{run['seconds_per_step']:.3f}",
+        )
+    Console().print(table)
+    print(f"difference in validation loss: {packed['val_loss'] - fp32['val_loss']:+.4f}")
+
+
+def show_noise(runs: dict[str, dict[str, Any]], by_seed: list[float]) -> None:
+    """Is the difference between the optimizers below that between two seeds of fp32?"""
+    difference = abs(runs["stquant.adamw"]["val_loss"] - runs["optax.adamw"]["val_loss"])
+    noise = statistics.mean(abs(a - b) for a, b in itertools.combinations(by_seed, 2))
+    verdict = "smaller" if difference < noise else "NOT smaller"
+    print(f"{verdict} than the mean difference of two fp32 seeds, {noise:.4f}")
+
+
+def save_plot(file: Path, runs: dict[str, dict[str, Any]]) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, run in runs.items():
+        span = max(1, len(run["loss"]) // 20)  # running mean
+        smooth = np.convolve(run["loss"], np.full(span, 1 / span), "valid")
+        axes.plot(np.arange(span, span + smooth.size), smooth, label=name, alpha=0.8)
+    axes.set(xlabel="step", ylabel="training loss, nats per byte")
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level GPT with optax.adamw, then with stquant.adamw.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in dataclasses.fields(Config):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            help=field.metadata["help"],
+        )
+    plot = Path("train_gpt.png")
+    parser.add_argument("--plot", type=Path, default=plot, help="file for both loss curves")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    flags = vars(parser.parse_args())
+    json_file, plot_file = flags.pop("json"), flags.pop("plot")
+    cfg = Config(**flags)
+
+    corpus = load_corpus(Path(sysconfig.get_path("stdlib")))
+    about = {"python": platform.python_version(), "corpus_bytes": sum(map(len, corpus))}
+    print(f"standard library of Python {about['python']}: {about['corpus_bytes']:,} bytes")
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, cfg.steps // 10, cfg.steps)
+    hyper = {"b1": 0.9, "b2": 0.999, "weight_decay": cfg.weight_decay}
+    fp32 = optax.adamw(schedule, **hyper)
+    packed = stquant.adamw(schedule, **hyper, precision=stquant.Budget(bits=cfg.bits))
+    runs = {
+        "optax.adamw": train(cfg, "optax.adamw", fp32, cfg.seed, corpus),
+        "stquant.adamw": train(cfg, "stquant.adamw", packed, cfg.seed, corpus),
+    }
+    by_seed = [runs["optax.adamw"]["val_loss"]]
+    for seed in range(cfg.seed + 1, cfg.seed + cfg.seeds):
+        by_seed.append(train(cfg, f"optax.adamw, seed {seed}", fp32, seed, corpus)["val_loss"])
+
+    show_table(cfg, runs)
+    if cfg.seeds > 1:
+        show_noise(runs, by_seed)
+    save_plot(plot_file, runs)
+    print(f"loss curves: {plot_file}")
+    if json_file:
+        about |= {"config": dataclasses.asdict(cfg), "val_loss_by_seed": by_seed}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(about | runs, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""STQuant for Optax: optimizer state in a few bits per element, inside a fixed budget.
+
+>>> import stquant_jax as stquant
+>>> tx = stquant.adamw(3e-4, weight_decay=0.1, precision=stquant.Budget(5.0))
+"""
+
+from stquant_jax.interop import to_optax
+from stquant_jax.introspect import plan, report
+from stquant_jax.layout import Storage
+from stquant_jax.optimizers import adam, adamw
+from stquant_jax.precision import Budget, Fixed
+from stquant_jax.transform import ScaleByAdamQState, scale_by_adam_q
+
+__all__ = [
+    "Budget",
+    "Fixed",
+    "ScaleByAdamQState",
+    "Storage",
+    "adam",
+    "adamw",
+    "plan",
+    "report",
+    "scale_by_adam_q",
+    "to_optax",
+]

@@ -1,0 +1,19 @@
+"""Backends: the same fused step on different hardware. A named backend runs or raises with the reason."""
+
+from collections.abc import Callable
+
+from stquant_jax.backends import xla
+from stquant_jax.layout import Storage
+
+
+def resolve(storage: Storage) -> Callable:
+    """The step function of a storage's backend.
+
+    Raises:
+      ValueError: a named backend cannot run.
+    """
+    if storage.backend in (None, "xla"):
+        return xla.step
+    raise ValueError(
+        f"Storage(backend={storage.backend!r}) cannot run: its kernels are not in this version yet; expected 'xla' or None"
+    )

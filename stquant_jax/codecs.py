@@ -1,0 +1,234 @@
+"""Energy-preserving codecs for the moments of an optimizer, in groups of 32 elements.
+
+What a group's moments do to the update is decided by its energy and by how that energy is split among its elements.
+The energy is kept exactly (up to a fine scale), only the split is quantized.
+
+Second moment, kept as sigma = sqrt(v), on a lattice in log2:
+
+    log2 sigma_i = base - delta * n_i,    n_i in 0..2**width - 1,    delta = window / 2**width octaves
+
+``n_i`` counts steps below the largest, so width 0 means one sigma for all. ``base`` is the group's two-byte scale.
+With b2 = 0.999 an element drifts by a thousandth of an octave a step. Rounded to the nearest it would never move, and rounded
+at random off the lattice it would be a random walk; here stored values stay on a lattice that moves with the group's common
+growth, and an element takes a step with the small probability that its own drift asks for. The error is proportional to delta.
+
+First moment, relative to the quantized root of the second, e = m / sigma_q, on uniform levels up to the largest |e|:
+at four bits and more with an exact zero, at two and three bits between the levels, where zero is kept on average. Its one-byte
+scale makes the decoded group as long as the true one: the length never grows on average, so the loop is stable for every b1 < 1.
+
+All functions work on float32 blocks [..., 32, n], the group along axis -2; values per group have shape [..., 1, n].
+Widths are traced scalars. Scale codes: 0 is a group of zeros, the top code a group that is not finite (it decodes to NaN).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
+
+
+MU_WIDTHS = (2, 8)
+NU_WIDTHS = (0, 8)
+WINDOWS = (2, 3, 4, 6, 8)
+
+# Second moment: log2 sigma over the 128 octaves whose squares are float32 numbers, two bytes.
+BASE_PER_OCTAVE = 512
+BASE_LOWEST = -63.0
+BASE_NOT_FINITE = 2**16 - 1
+
+# First moment: log2 of the largest level, one byte. Fine where training lives (the largest |e| of a group is near 1/2, and up to
+# 1 / sqrt(1 - b2**t) more while nu is young), coarse where mu fades away under an old nu or outruns it.
+MU_CENTER = 0.0
+MU_FINE_PER_OCTAVE = 24
+MU_COARSE_PER_OCTAVE = 5
+MU_FINE_REACH = 3.5  # octaves either side of the center
+MU_ZERO_CODE = 128  # the code of the center
+MU_NOT_FINITE = 2**8 - 1
+
+# How far an element's root is pulled to its group's root mean in the update (never in the store): lattice noise over lattice noise
+# plus true spread (James and Stein), measured in the closed loop. By width, 0..8.
+SHRINKAGE = (1.0, 0.55, 0.4, 0.25, 0.15, 0.07, 0.03, 0.0, 0.0)
+# The window that served best in the closed loop, by width.
+DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 4, 4, 4)
+# Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
+_REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
+
+
+class Lattice(NamedTuple):
+    """Numbers of a second moment's slot: step in octaves, last code, shrinkage."""
+
+    delta: jax.Array
+    last: jax.Array
+    shrinkage: jax.Array
+
+
+class Levels(NamedTuple):
+    """Numbers of a first moment's slot: level of code c is ``(c + low + between) / high_level``."""
+
+    low: jax.Array  # smallest code, signed
+    high: jax.Array  # largest code, signed
+    between: jax.Array  # 1/2 where levels straddle zero, else 0
+    unit: jax.Array  # one over the outermost level
+    gain: jax.Array  # outermost level over reach
+
+
+def lattice(width: jax.Array, window: jax.Array) -> Lattice:
+    """The lattice of a slot from its width (0..8) and window (octaves), traced integers."""
+    size = to_float(jnp.uint32(1) << width.astype(jnp.uint32))
+    return Lattice(window / size, size - 1.0, jnp.asarray(SHRINKAGE, jnp.float32)[width])
+
+
+def levels(width: jax.Array) -> Levels:
+    """The levels of a slot from its width (2..8), a traced integer."""
+    half = to_float(jnp.uint32(1) << (width.astype(jnp.uint32) - 1))
+    straddle = width < 4
+    outermost = jnp.where(straddle, half - 0.5, half - 1.0)
+    return Levels(
+        low=jnp.where(straddle, -half, 1.0 - half),
+        high=half - 1.0,
+        between=jnp.where(straddle, 0.5, 0.0),
+        unit=1.0 / outermost,
+        # cells, not levels, fill the range where levels straddle zero
+        gain=jnp.where(straddle, half, half - 1.0) / jnp.asarray(_REACH, jnp.float32)[width],
+    )
+
+
+def group_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=-2, keepdims=True)
+
+
+def group_max(x: jax.Array) -> jax.Array:
+    return jnp.max(x, axis=-2, keepdims=True)
+
+
+def _presence(scale: jax.Array, not_finite: int) -> jax.Array:
+    """0 for a group of zeros, NaN for one that is not finite, else 1: a factor of all that is decoded."""
+    return jnp.where(scale == 0, 0.0, jnp.where(scale == not_finite, jnp.nan, 1.0))
+
+
+class Second(NamedTuple):
+    """A decoded second moment, with what encoding its successor needs."""
+
+    v: jax.Array  # [..., 32, n], zero where absent
+    sigma: jax.Array  # its root
+    reference: jax.Array  # v as it would be were no group absent: a divisor
+    steps: jax.Array  # lattice steps below the base, float
+    base: jax.Array  # [..., 1, n] log2
+    dead: jax.Array  # [..., 1, n] bool
+
+
+def decode_second(codes: jax.Array, scale: jax.Array, valid: jax.Array, lat: Lattice) -> Second:
+    """Second moment from codes uint32[..., 32, n] and two-byte scales int32[..., 1, n].
+
+    ``valid`` is 1 for elements and 0 for padding, which has no energy.
+    """
+    dead = scale == 0
+    base = BASE_LOWEST + (to_float(scale) - 1.0) * (1 / BASE_PER_OCTAVE)
+    steps = jnp.where(dead, 0.0, to_float(codes))
+    root = exp2(jnp.maximum(base - lat.delta * steps, BASE_LOWEST))
+    sigma = root * (_presence(scale, BASE_NOT_FINITE) * valid)
+    return Second(sigma * sigma, sigma, root * root, steps, base, dead)
+
+
+class SecondCode(NamedTuple):
+    """An encoded second moment, with what the update and the first moment need."""
+
+    codes: jax.Array  # float, whole
+    scale: jax.Array  # int32
+    v_used: jax.Array  # what the update divides by the root of: v shrunk to its group's mean
+    inverse_root: jax.Array  # 1 / sigma as decoded from the new codes
+    presence: jax.Array  # [..., 1, n]: 0, 1 or NaN
+
+
+def encode_second(
+    v: jax.Array, old: Second, valid: jax.Array, lat: Lattice, dither: jax.Array, coin: jax.Array
+) -> SecondCode:
+    """Move a group's lattice with its common growth and its elements by their own drift.
+
+    Args:
+      v: new second moment float32[..., 32, n], zero where ``valid`` is.
+      old: what ``v`` grew out of.
+      dither: uniform on [0, 1) per element. coin: the same per group.
+    """
+    energy = group_sum(v)
+    mean = energy / group_sum(valid)
+    # A group that was absent starts from its own mean: every element at the base, no common growth.
+    reference = jnp.where(old.dead, jnp.maximum(mean, TINY), old.reference)
+    before = jnp.where(old.dead, energy, group_sum(old.v))
+    growth = 0.5 * log2(jnp.maximum(energy, TINY) / jnp.maximum(before, TINY))
+    drift = 0.5 * log2(jnp.maximum(v / reference, TINY))
+    steps = old.steps - jnp.floor((drift - growth) * (1.0 / lat.delta) + dither)
+    steps = jnp.minimum(steps - jnp.min(steps, axis=-2, keepdims=True), lat.last)
+
+    # The base that gives the decoded group the energy of the true one.
+    relative = exp2(-lat.delta * steps)
+    decoded = group_sum(relative * relative * valid)
+    base = 0.5 * log2(jnp.maximum(energy, TINY) / decoded)
+    scale = jnp.floor((base - BASE_LOWEST) * BASE_PER_OCTAVE + 1.0 + coin)
+    scale = jnp.clip(scale, 1, BASE_NOT_FINITE - 1)
+    rounded = BASE_LOWEST + (scale - 1.0) * (1 / BASE_PER_OCTAVE)
+    finite = energy < jnp.inf
+    dead = energy < TINY
+    presence = jnp.where(finite, jnp.where(dead, 0.0, 1.0), jnp.nan)
+
+    log_mean = log2(jnp.clip(mean, TINY, 2.0**127))
+    start = jnp.where(old.dead, 0.5 * log_mean, old.base)
+    log_v = 2.0 * (start - lat.delta * old.steps + drift)
+    log_used = log_v + lat.shrinkage * (log_mean - log_v)
+    return SecondCode(
+        codes=steps,
+        scale=jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE).astype(jnp.uint32),
+        v_used=exp2(jnp.clip(log_used, -126.0, 127.0)),
+        inverse_root=exp2(-rounded) / relative,
+        presence=presence,
+    )
+
+
+def decode_first(codes: jax.Array, scale: jax.Array, sigma: jax.Array, lev: Levels) -> jax.Array:
+    """First moment from codes uint32[..., 32, n], one-byte scales int32[..., 1, n] and the second's root."""
+    n = to_float(scale) - MU_ZERO_CODE
+    fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
+    octaves = jnp.minimum(jnp.abs(n), fine) / MU_FINE_PER_OCTAVE
+    octaves += jnp.maximum(jnp.abs(n) - fine, 0.0) / MU_COARSE_PER_OCTAVE
+    largest = exp2(MU_CENTER + jnp.sign(n) * octaves) * _presence(scale, MU_NOT_FINITE)
+    return (to_float(codes) + (lev.low + lev.between)) * (sigma * (largest * lev.unit))
+
+
+def encode_first(
+    e: jax.Array, valid: jax.Array, presence: jax.Array, lev: Levels, dither: jax.Array, coin: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of a first moment relative to the quantized root of the second.
+
+    Returns codes float32[..., 32, n], whole and >= 0, and scales uint32[..., 1, n].
+    """
+    largest = group_max(jnp.abs(e))
+    z = e * (lev.gain / jnp.maximum(largest, TINY))
+    # Between the two levels next to zero the choice is random, so that zero stays zero on average: a parameter
+    # without gradient in a living group must not drift.
+    jitter = jnp.where(jnp.abs(z) < 0.5, dither - 0.5, 0.0)
+    q = jnp.clip(jnp.floor(z + jnp.where(lev.between > 0, jitter, 0.5)), lev.low, lev.high)
+    level = (q + lev.between) * lev.unit
+    length = group_sum(e * e)
+    decoded = group_sum(level * level * valid)
+    log_scale = 0.5 * log2(jnp.maximum(length, TINY) / jnp.maximum(decoded, TINY))
+    scale = jnp.where(length < TINY, 0.0, _round_first_scale(log_scale, coin))
+    code = jnp.where(presence == 1.0, to_code(scale), jnp.where(presence == 0.0, 0, MU_NOT_FINITE))
+    return q - lev.low, code.astype(jnp.uint32)
+
+
+def _round_first_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:
+    """Stochastic rounding of a first moment's scale, unbiased in its square: the length stays the same on average."""
+    away = jnp.abs(log_scale - MU_CENTER)
+    fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
+    n = jnp.minimum(away * MU_FINE_PER_OCTAVE, fine + (away - MU_FINE_REACH) * MU_COARSE_PER_OCTAVE)
+    n = jnp.where(log_scale < MU_CENTER, -n, n)
+    below = jnp.floor(n)
+    # From the step below (4**0) to the step above (4**h), 4**(h f) is reached with this probability.
+    edge = jnp.where(below < 0, below + 1.0, below)  # the step's end nearer to the center
+    twice = jnp.where(jnp.abs(edge) < fine, 2 / MU_FINE_PER_OCTAVE, 2 / MU_COARSE_PER_OCTAVE)
+    chance = (exp2(twice * (n - below)) - 1.0) / (exp2(twice) - 1.0)
+    code = below + MU_ZERO_CODE + jnp.where(coin < chance, 1.0, 0.0)
+    return jnp.clip(code, 0, MU_NOT_FINITE - 1)
+
+

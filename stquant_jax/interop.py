@@ -1,0 +1,62 @@
+"""To Optax's own state: moments decoded to float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from stquant_jax import arena as rows
+from stquant_jax import planes
+from stquant_jax.checks import check_state
+from stquant_jax.codecs import decode_first, decode_second, lattice, levels
+from stquant_jax.layout import Leaf, Storage, from_tiles, layout_of
+from stquant_jax.places import Place
+from stquant_jax.transform import ScaleByAdamQState
+
+
+def to_optax(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()) -> optax.ScaleByAdamState:  # noqa: B008
+    """The moments as float32 trees like ``params``, in the state that `optax.scale_by_adam` uses.
+
+    Args:
+      state: a `ScaleByAdamQState`, as found in the optimizer's state.
+      params: arrays or ShapeDtypeStructs; shapes only.
+      storage: the one the optimizer was made with.
+
+    Returns:
+      `optax.ScaleByAdamState(count, mu, nu)`; groups that were not finite are NaN.
+
+    Raises:
+      ValueError: the state was built for other parameters or another storage.
+    """
+    layout = layout_of(params, storage)
+    check_state(state, layout)
+    offsets = rows.offsets(state.precision.widths, layout)
+    ends = np.cumsum([leaf.size for leaf in layout.exact])
+    parts = jnp.split(state.exact, ends[:-1], axis=1) if len(ends) else []
+    exact = [part.reshape(2, *leaf.shape) for part, leaf in zip(parts, layout.exact, strict=True)]
+    quantized = [
+        _decode(state, offsets, i, leaf, first)
+        for i, (leaf, first) in enumerate(zip(layout.quantized, layout.first_tile, strict=True))
+    ]
+    moments = layout.merge(quantized, exact)
+    treedef = jax.tree.structure(params)
+    mu, nu = (jax.tree.unflatten(treedef, [pair[i] for pair in moments]) for i in range(2))
+    return optax.ScaleByAdamState(state.count, mu, nu)
+
+
+def _decode(state: ScaleByAdamQState, offsets: jax.Array, index: int, leaf: Leaf, first: int) -> tuple[jax.Array, jax.Array]:
+    mu_slot, nu_slot = 2 * index, 2 * index + 1
+    widths, windows = state.precision
+
+    def codes(slot):
+        return planes.unpack(rows.read_planes(state.arena, offsets[slot], widths[slot], jnp.int32(leaf.tiles), leaf.tiles))
+
+    def scale(scales):
+        return scales[first : first + leaf.tiles, None].astype(jnp.uint32)
+
+    _, valid = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles)
+    second = decode_second(codes(nu_slot), scale(state.nu_scale), valid, lattice(widths[nu_slot], windows[nu_slot]))
+    mu = decode_first(codes(mu_slot), scale(state.mu_scale), second.sigma, levels(widths[mu_slot]))
+    return from_tiles(mu, leaf), from_tiles(second.v, leaf)

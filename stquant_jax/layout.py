@@ -1,0 +1,207 @@
+"""Geometry: how a leaf becomes tiles of 32 x 128 elements, and where its tiles lie.
+
+A leaf is seen as a matrix [rows, columns], leading axes folded into the rows. Groups run along the shorter of the two axes (ties: along
+the rows), lanes along the longer: token and vocabulary axes never fall inside a group, and a sharding that cuts an axis in
+multiples of the tile leaves every group whole. Where padding would waste more than 1/8, or the group axis is shorter than a
+group, the flat view is used: 32 consecutive elements a group. Small leaves stay exact float32.
+
+All of it is static, computed from shapes at trace time; the state holds arrays only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stquant_jax.planes import GROUP, LANES
+
+TILE = GROUP * LANES
+MAX_WASTE = 1 / 8
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the state is stored and which backend updates it.
+
+    Attributes:
+      min_size: leaves of fewer elements (by their global shape) stay exact float32.
+      row_alignment: rows of the arena that belong together; 1, or 8 where a TPU kernel copies planes.
+      backend: "xla", or None for the best one that can run here.
+      seed: of the stochastic rounding; the same seed gives the same bits.
+    """
+
+    min_size: int = TILE
+    row_alignment: int = 1
+    backend: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, lowest in (("min_size", 0), ("row_alignment", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"Storage({name}={value!r}): expected an integer of at least {lowest}")
+        if self.seed >= 2**32:
+            raise ValueError(f"Storage(seed={self.seed}): expected an integer below 2**32")
+        if self.backend not in (None, "xla", "pallas_tpu", "pallas_gpu"):
+            raise ValueError(
+                f"Storage(backend={self.backend!r}): expected None, 'xla', 'pallas_tpu' or 'pallas_gpu'"
+            )
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter array: its format, why, and its tiles.
+
+    A tile is (band, lane tile): ``band`` counts groups of 32 along the group axis, lane tiles run fastest.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str  # "tiled", "flat", "exact"
+    reason: str
+    groups_along: int = 0  # elements along the group axis, unpadded
+    lanes_along: int = 0  # elements along the lane axis, unpadded
+    transposed: bool = False  # the group axis is the last one
+    tiles: int = 0  # alignment included
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def lane_tiles(self) -> int:
+        return -(-self.lanes_along // LANES)
+
+    @property
+    def bands(self) -> int:
+        return -(-self.groups_along // GROUP)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All leaves of a tree, in tree order, and the tiles of those that are quantized."""
+
+    leaves: tuple[Leaf, ...]
+
+    @cached_property
+    def quantized(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.tiles)
+
+    @cached_property
+    def exact(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.leaves if not leaf.tiles)
+
+    @cached_property
+    def tiles(self) -> int:
+        return sum(leaf.tiles for leaf in self.quantized)
+
+    @cached_property
+    def first_tile(self) -> tuple[int, ...]:
+        """Where each quantized leaf's tiles begin."""
+        counts = [leaf.tiles for leaf in self.quantized]
+        return tuple(int(n) for n in np.cumsum([0, *counts[:-1]])) if counts else ()
+
+    @property
+    def exact_size(self) -> int:
+        return sum(leaf.size for leaf in self.exact)
+
+    @property
+    def size(self) -> int:
+        return sum(leaf.size for leaf in self.leaves)
+
+    def split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Values in leaf order -> those of quantized and those of exact leaves."""
+        pairs = list(zip(self.leaves, leaves, strict=True))
+        return [x for leaf, x in pairs if leaf.tiles], [x for leaf, x in pairs if not leaf.tiles]
+
+    def merge(self, quantized: Sequence[Any], exact: Sequence[Any]) -> list[Any]:
+        """The inverse of `split`."""
+        sources = {True: iter(quantized), False: iter(exact)}
+        return [next(sources[bool(leaf.tiles)]) for leaf in self.leaves]
+
+
+def layout_of(tree: Any, storage: Storage) -> Layout:
+    """The layout of a tree of arrays or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: a leaf is not a real floating-point array; the message names its path.
+    """
+    leaves = []
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "(root)"
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise ValueError(f"leaf {name!r} is {type(x).__name__}: expected an array or ShapeDtypeStruct")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"leaf {name!r} has dtype {jnp.dtype(x.dtype).name}: expected a real floating-point dtype; mask it out with "
+                "optax.masked or split complex parameters into real and imaginary parts"
+            )
+        leaves.append(_leaf(name, tuple(x.shape), x.dtype, storage))
+    return Layout(tuple(leaves))
+
+
+def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Leaf:
+    size = math.prod(shape)
+    if size == 0:
+        return Leaf(path, shape, dtype, "exact", "empty")
+    if size < storage.min_size:
+        return Leaf(path, shape, dtype, "exact", f"{size} elements, fewer than min_size={storage.min_size}")
+
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    transposed = columns < rows
+    groups, lanes = (columns, rows) if transposed else (rows, columns)
+    tiles = -(-groups // GROUP) * -(-lanes // LANES)
+    if groups < GROUP:
+        reason = f"shorter axis of {groups}, less than a group of {GROUP}"
+    elif tiles * TILE * (1 - MAX_WASTE) > size:
+        reason = f"tiles of {rows} x {columns} would waste {1 - size / (tiles * TILE):.0%}"
+    else:
+        reason = f"groups along the {'columns' if transposed else 'rows'} of {rows} x {columns}"
+        aligned = _align(tiles, storage.row_alignment)
+        return Leaf(path, shape, dtype, "tiled", reason, groups, lanes, transposed, aligned)
+    lanes = -(-size // GROUP)
+    return Leaf(path, shape, dtype, "flat", reason, GROUP, lanes, True, _align(-(-lanes // LANES), storage.row_alignment))
+
+
+def _align(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
+def to_tiles(x: jax.Array, leaf: Leaf) -> jax.Array:
+    """[*shape] -> [tiles, 32, 128], padded with zeros."""
+    bands, lane_tiles = leaf.bands, leaf.lane_tiles
+    if leaf.kind == "flat":
+        x = jnp.pad(x.reshape(-1), (0, lane_tiles * TILE - leaf.size)).reshape(-1, GROUP)
+    matrix = x.reshape(-1, leaf.groups_along if leaf.transposed else leaf.lanes_along)
+    if leaf.transposed:
+        matrix = _pad_to(matrix, lane_tiles * LANES, bands * GROUP)
+        tiles = matrix.reshape(lane_tiles, LANES, bands, GROUP).transpose(2, 0, 3, 1)
+    else:
+        matrix = _pad_to(matrix, bands * GROUP, lane_tiles * LANES)
+        tiles = matrix.reshape(bands, GROUP, lane_tiles, LANES).transpose(0, 2, 1, 3)
+    tiles = tiles.reshape(bands * lane_tiles, GROUP, LANES)
+    return jnp.pad(tiles, ((0, leaf.tiles - len(tiles)), (0, 0), (0, 0)))
+
+
+def from_tiles(tiles: jax.Array, leaf: Leaf) -> jax.Array:
+    """[tiles, 32, 128] -> [*shape]. The inverse of `to_tiles`."""
+    bands, lane_tiles = leaf.bands, leaf.lane_tiles
+    tiles = tiles[: bands * lane_tiles].reshape(bands, lane_tiles, GROUP, LANES)
+    if leaf.transposed:
+        matrix = tiles.transpose(1, 3, 0, 2).reshape(lane_tiles * LANES, bands * GROUP)
+    else:
+        matrix = tiles.transpose(0, 2, 1, 3).reshape(bands * GROUP, lane_tiles * LANES)
+    if leaf.kind == "flat":
+        return matrix.reshape(-1)[: leaf.size].reshape(leaf.shape)
+    rows, columns = (leaf.lanes_along, leaf.groups_along) if leaf.transposed else (leaf.groups_along, leaf.lanes_along)
+    return matrix[:rows, :columns].reshape(leaf.shape)
+
+
+def _pad_to(matrix: jax.Array, rows: int, columns: int) -> jax.Array:
+    return jnp.pad(matrix, ((0, rows - matrix.shape[0]), (0, columns - matrix.shape[1])))

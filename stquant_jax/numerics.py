@@ -1,0 +1,78 @@
+"""Float and integer primitives of the codecs, the same on every backend.
+
+``exp2`` and ``log2`` are short polynomials on the bits of a float32. They are two to three times cheaper than the
+library functions where the optimizer is bound by arithmetic, they vectorise everywhere, and since they are made of
+additions, multiplications and shifts alone they give the same codes on every device.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+TINY = 2.0**-126  # smallest normal float32; anything below is flushed to zero by most accelerators
+
+# Minimax polynomials, highest power first; tests/test_numerics.py holds them to their bounds.
+_EXP2 = (
+    0.0018775765,
+    0.0089893406,
+    0.0558263175,
+    0.2401536107,
+    0.6931530833,
+    0.9999999404,
+)  # 2**f on [0, 1)
+_LOG2 = (
+    -0.1497331858,
+    0.2357096076,
+    -0.2483228296,
+    0.2868688703,
+    -0.3602634668,
+    0.4809311628,
+    -0.7213524580,
+    1.4426949024,
+)  # log2(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1]
+_SQRT_HALF_BITS = 0x3F3504F3
+
+
+def _horner(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
+    p = jnp.float32(coefficients[0])
+    for c in coefficients[1:]:
+        p = p * x + jnp.float32(c)
+    return p
+
+
+def exp2(x: jax.Array) -> jax.Array:
+    """2**x in float32 for -126 <= x < 128, to 2e-7 relative; the caller keeps x in that range."""
+    whole = jnp.floor(x)
+    p = _horner(_EXP2, x - whole)
+    bits = lax.bitcast_convert_type(p, jnp.int32) + (whole.astype(jnp.int32) << 23)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def log2(x: jax.Array) -> jax.Array:
+    """log2(x) in float32 for normal x > 0, to 4e-7 relative, near x = 1 too: log2(1) is exactly 0.
+
+    A moment moves by a thousandth of an octave a step, so it is the relative error near 1 that counts.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    whole = (bits - _SQRT_HALF_BITS) >> 23
+    f = lax.bitcast_convert_type(bits - (whole << 23), jnp.float32) - 1.0
+    return whole.astype(jnp.float32) + f * _horner(_LOG2, f)
+
+
+def hash32(x: jax.Array) -> jax.Array:
+    """A bijective integer hash of uint32 ('lowbias32', C. Wellons, public domain): counters in, random bits out."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = x * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def to_float(code: jax.Array) -> jax.Array:
+    """Small unsigned integers (below 2**23) as float32, through int32, which every vector unit converts at once."""
+    return lax.bitcast_convert_type(code, jnp.int32).astype(jnp.float32)
+
+
+def to_code(x: jax.Array) -> jax.Array:
+    """Whole float32 in [0, 2**22) as uint32: adding 2**23 leaves the integer in the low bits; NaN gives some code."""
+    return lax.bitcast_convert_type(x + 2.0**23, jnp.uint32) & jnp.uint32(0x3FFFFF)

@@ -1,0 +1,77 @@
+"""Aliases with the signatures of Optax's: swap `optax.adamw` for `stquant.adamw`, keep the rest."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from stquant_jax.layout import Storage
+from stquant_jax.precision import Budget, Policy
+from stquant_jax.transform import scale_by_adam_q
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    nesterov: bool = False,
+    precision: Policy = Budget(5.0),  # noqa: B008
+    storage: Storage = Storage(),  # noqa: B008
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adam` with quantized state: ``chain(scale_by_adam_q(...), scale_by_learning_rate(learning_rate))``.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1, b2, eps, eps_root, nesterov, precision, storage: see `scale_by_adam_q`.
+
+    Raises:
+      ValueError: as `scale_by_adam_q`.
+    """
+    return optax.chain(
+        scale_by_adam_q(b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    precision: Policy = Budget(5.0),  # noqa: B008
+    storage: Storage = Storage(),  # noqa: B008
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adamw` with quantized state: Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1, b2, eps, eps_root, nesterov, precision, storage: see `scale_by_adam_q`.
+      weight_decay: strength of the decay, multiplied with the learning rate as in Optax.
+      mask: a tree of booleans, or a function of the parameters that returns one: which parameters decay.
+
+    Raises:
+      ValueError: as `scale_by_adam_q`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> tx = stquant.adamw(1e-3, weight_decay=0.1, precision=stquant.Budget(5.0))
+      >>> state = tx.init(params)
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+    """
+    return optax.chain(
+        scale_by_adam_q(b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,33 @@
+"""Where the elements of a tile lie in their leaf: what noise is seeded by, and what is padding."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stquant_jax.layout import Leaf
+from stquant_jax.planes import GROUP, LANES
+
+
+class Place(NamedTuple):
+    """A leaf's geometry as numbers, so that a traced leaf index can pick one out of a table."""
+
+    lane_tiles: jax.Array | int
+    lanes: jax.Array | int
+    limit: jax.Array | int  # elements on the group axis; of the whole leaf in the flat view
+    flat: jax.Array | int
+
+    @classmethod
+    def of(cls, leaf: Leaf) -> "Place":
+        flat = leaf.kind == "flat"
+        return cls(leaf.lane_tiles, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat))
+
+    def of_tiles(self, tile: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Group index uint32[size, 1, 128] in the leaf, and 1 for elements, 0 for padding, float32[size, 32, 128]."""
+        tiles = tile + jnp.arange(size, dtype=jnp.int32)[:, None, None]
+        band = tiles // self.lane_tiles
+        lane = (tiles - band * self.lane_tiles) * LANES + jnp.arange(LANES, dtype=jnp.int32)
+        group = (band * self.lanes + lane).astype(jnp.uint32)
+        # In the flat view a group is 32 consecutive elements, so it is the last lane that may be cut short, not the last band.
+        left = self.limit - GROUP * jnp.where(self.flat == 1, lane, band)
+        return group, (jnp.arange(GROUP, dtype=jnp.int32)[:, None] < left).astype(jnp.float32)

@@ -1,0 +1,135 @@
+"""Precision policies: how many bits each slot gets. A policy sees sizes, widths and statistics, never the arena.
+
+All are frozen dataclasses: `optax.inject_hyperparams` would turn bare numbers into traced arrays, and shapes depend on these.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stquant_jax.codecs import DEFAULT_WINDOW, MU_WIDTHS, NU_WIDTHS, WINDOWS
+
+# Squared error of the update that a moment of each width costs in the closed loop, over the update's energy; the mean of the
+# streams of benchmarks/codec.py. It ranks the first plan.
+MU_ERROR = {2: 0.32, 3: 0.115, 4: 0.035, 5: 0.010, 6: 0.0027, 7: 0.0012, 8: 0.0008}
+NU_ERROR = {0: 0.090, 1: 0.079, 2: 0.055, 3: 0.035, 4: 0.019, 5: 0.0095, 6: 0.0055, 7: 0.003, 8: 0.0016}
+
+
+class PrecisionState(NamedTuple):
+    """The part of the optimizer's state that a policy owns; slots are ordered leaf by leaf, mu before nu."""
+
+    widths: jax.Array  # int32[slots]
+    windows: jax.Array  # int32[slots]: octaves, 0 for mu
+
+
+class Policy(Protocol):
+    """What a policy offers. Tiles are those of each slot, int[slots]; bytes are of the whole state."""
+
+    def rows(self, tiles: np.ndarray, fixed_bytes: int, reference_bytes: int) -> int:
+        """Rows of the arena."""
+        ...
+
+    def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
+        """Widths and windows to start with; NumPy arrays."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same widths for all slots, from the first step to the last.
+
+    Attributes:
+      mu: bits of a code of the first moment, 2..8.
+      nu: bits of a code of the second moment, 0..8.
+      window: octaves that the second moment's lattice spans, 2, 3, 4, 6 or 8; None for the best at that width.
+    """
+
+    mu: int = 5
+    nu: int = 4
+    window: int | None = None
+
+    def __post_init__(self):
+        for name, (low, high) in (("mu", MU_WIDTHS), ("nu", NU_WIDTHS)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"Fixed({name}={value!r}): expected an integer width from {low} to {high}")
+        if self.window is not None and self.window not in WINDOWS:
+            raise ValueError(f"Fixed(window={self.window!r}): expected None or one of {WINDOWS}")
+
+    def rows(self, tiles: np.ndarray, fixed_bytes: int, reference_bytes: int) -> int:
+        return int(np.sum(tiles * self._widths(tiles)))
+
+    def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
+        return _plan(self._widths(tiles), self.window)
+
+    def _widths(self, tiles: np.ndarray) -> np.ndarray:
+        return np.tile(np.array([self.mu, self.nu]), len(tiles) // 2)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Fill a budget that counts everything: planes, scales, exact leaves, schedule, padding.
+
+    The first plan raises the width that lowers the update's error most per byte, until nothing fits: near 5 bits mu has 5
+    and nu 4, near 4 bits 4 and 3, at 2.4 bits 4 and 0. Widths live in the state; so far they stay as first planned.
+
+    Attributes:
+      bits: all-in bits per state element; the state takes at most bits/32 of the bytes of Optax's float32 Adam state.
+    """
+
+    bits: float = 5.0
+
+    def __post_init__(self):
+        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= 32:
+            raise ValueError(f"Budget(bits={self.bits!r}): expected a number of bits per state element, above 0 and at most 32")
+
+    def rows(self, tiles: np.ndarray, fixed_bytes: int, reference_bytes: int) -> int:
+        """Raises ValueError below the floor, naming the smallest budget that fits."""
+        rows = int((self.bits / 32 * reference_bytes - fixed_bytes) // 512)
+        floor = int(np.sum(tiles * _floor(tiles)))
+        if rows < floor:
+            smallest = 32 * (fixed_bytes + 512 * floor) / reference_bytes
+            raise ValueError(
+                f"Budget(bits={self.bits}) is below the floor: the smallest budget that fits these parameters is "
+                f"{np.ceil(smallest * 1000) / 1000:g} bits per state element (mu at {MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales and "
+                "exact leaves included)"
+            )
+        return min(rows, int(np.sum(tiles)) * MU_WIDTHS[1])
+
+    def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
+        widths = _floor(tiles)
+        errors = [np.array([MU_ERROR.get(w, np.nan) for w in range(9)]), np.array([NU_ERROR[w] for w in range(9)])]
+        kind = np.arange(len(tiles)) % 2
+        free = rows - int(np.sum(tiles * widths))
+        # Every element's error counts the same, so all slots of a kind gain alike: raise kind by kind, in the order of
+        # gain, as many slots as fit, the largest first.
+        for moment, width in _by_gain(errors):
+            for slot in np.argsort(-tiles, kind="stable"):
+                if kind[slot] == moment and widths[slot] == width and tiles[slot] <= free:
+                    widths[slot] += 1
+                    free -= int(tiles[slot])
+        return _plan(widths, None)
+
+
+def _by_gain(errors: list[np.ndarray]) -> list[tuple[int, int]]:
+    """(moment, width) steps, the largest fall of error first, each moment's in ascending order of width."""
+    width, steps = [MU_WIDTHS[0], NU_WIDTHS[0]], []
+    while min(width) < 8:
+        gain = [e[w] - e[w + 1] if w < 8 else -np.inf for e, w in zip(errors, width, strict=True)]
+        moment = int(np.argmax(gain))
+        steps.append((moment, width[moment]))
+        width[moment] += 1
+    return steps + [(m, w) for m in (0, 1) for w in range(width[m], 8)]
+
+
+def _floor(tiles: np.ndarray) -> np.ndarray:
+    return np.tile(np.array([MU_WIDTHS[0], NU_WIDTHS[0]]), len(tiles) // 2)
+
+
+def _plan(widths: np.ndarray, window: int | None) -> PrecisionState:
+    windows = np.array(DEFAULT_WINDOW)[widths] if window is None else np.full_like(widths, window)
+    windows[0::2] = 0
+    return PrecisionState(jnp.asarray(widths, jnp.int32), jnp.asarray(windows, jnp.int32))

@@ -1,0 +1,50 @@
+"""Update rules: elementwise float algebra on a gradient and its moments, no trees, no bits.
+
+A rule is two functions: ``accumulate`` makes the new moments, ``direction`` the update from them. Between the two the codec may
+shrink the second moment toward its group's mean. ``prepare`` turns hyperparameters and the step count into the scalars
+that both use, once a step.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class AdamScalars(NamedTuple):
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    eps_root: jax.Array
+    on_mu: jax.Array  # weights of mu and the gradient in the bias-corrected first moment
+    on_gradient: jax.Array
+    on_nu: jax.Array
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma and Ba, 2015), with Nesterov momentum as in Optax (Dozat, 2016).
+
+    mu' = b1 mu + (1 - b1) g,  nu' = b2 nu + (1 - b2) g**2,
+    u = mu_hat / (sqrt(nu' / (1 - b2**t) + eps_root) + eps)
+    """
+
+    nesterov: bool = False
+
+    def prepare(self, b1, b2, eps, eps_root, count: jax.Array) -> AdamScalars:
+        """Scalars of step ``count`` (1 for the first)."""
+        b1, b2, eps, eps_root = (jnp.asarray(x, jnp.float32) for x in (b1, b2, eps, eps_root))
+        t = count.astype(jnp.float32)
+        if self.nesterov:
+            on_mu, on_gradient = b1 / (1 - b1 ** (t + 1)), (1 - b1) / (1 - b1**t)
+        else:
+            on_mu, on_gradient = 1 / (1 - b1**t), jnp.float32(0)
+        return AdamScalars(b1, b2, eps, eps_root, on_mu, on_gradient, 1 / (1 - b2**t))
+
+    def accumulate(self, g: jax.Array, mu: jax.Array, nu: jax.Array, s: AdamScalars) -> tuple[jax.Array, jax.Array]:
+        return s.b1 * mu + (1 - s.b1) * g, s.b2 * nu + (1 - s.b2) * (g * g)
+
+    def direction(self, g: jax.Array, mu: jax.Array, nu: jax.Array, s: AdamScalars) -> jax.Array:
+        mu_hat = s.on_mu * mu + s.on_gradient * g if self.nesterov else s.on_mu * mu
+        return mu_hat / (jnp.sqrt(nu * s.on_nu + s.eps_root) + s.eps)

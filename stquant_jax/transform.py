@@ -1,0 +1,146 @@
+"""`scale_by_adam_q`: Optax's `scale_by_adam` with its state in a bit-plane arena. Read this module first.
+
+    gradients -> tiles -> decode -> rule -> encode -> planes -> arena, updates
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from stquant_jax import arena as rows
+from stquant_jax import backends
+from stquant_jax.checks import check_hyperparameters, check_precision, check_state
+from stquant_jax.layout import Layout, Storage, layout_of
+from stquant_jax.planes import LANES
+from stquant_jax.precision import Budget, Policy, PrecisionState
+from stquant_jax.rules import Adam, AdamScalars
+
+
+class ScaleByAdamQState(NamedTuple):
+    """State of `scale_by_adam_q`: arrays only, so jit, scan, donation, tree maps and checkpoints need no special care.
+
+    Attributes:
+      count: int32[], updates done.
+      arena: uint32[rows, 128], the codes of all quantized leaves as bit-planes.
+      mu_scale: uint8[tiles, 128], one per group of 32.
+      nu_scale: uint16[tiles, 128].
+      exact: float32[2, n], mu and nu of the small leaves, one after the other.
+      precision: widths and windows of all slots.
+    """
+
+    count: jax.Array
+    arena: jax.Array
+    mu_scale: jax.Array
+    nu_scale: jax.Array
+    exact: jax.Array
+    precision: PrecisionState
+
+
+def scale_by_adam_q(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    *,
+    nesterov: bool = False,
+    precision: Policy = Budget(5.0),  # noqa: B008
+    storage: Storage = Storage(),  # noqa: B008
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale updates by Adam, its moments stored in a few bits each.
+
+    .. math::
+      m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
+      u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t) + \bar\epsilon} + \epsilon}
+
+    as `optax.scale_by_adam` computes it, in float32; between steps m and v lie in a bit-plane arena of 2 to 8 bits a code (v: 0 to
+    8), with a scale for every 32 elements. Updates have the gradients' shapes and dtypes.
+
+    Args:
+      b1: decay of the first moment, 0 <= b1 < 1, and b1**2 < b2.
+      b2: decay of the second moment, 0 <= b2 < 1.
+      eps: added to the root of the second moment.
+      eps_root: added inside the root.
+      nesterov: use Nesterov momentum.
+      precision: `Budget` (bits per state element, everything counted) or `Fixed`.
+      storage: which leaves stay exact, backend, seed of the rounding.
+
+    Returns:
+      A gradient transformation whose state is a `ScaleByAdamQState`. Its ``init`` also accepts ShapeDtypeStructs under
+      `jax.eval_shape`.
+
+    Raises:
+      ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it); at ``init``, a budget below the floor,
+        complex or integer parameters; at ``update``, gradients or a state of another model or layout.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
+      >>> tx = optax.chain(stquant.scale_by_adam_q(precision=stquant.Budget(5.0)), optax.scale(-1e-3))
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((256, 512))}, state)
+      >>> bool(abs(updates["kernel"] + 1e-3).max() < 1e-6)
+      True
+      >>> sum(x.nbytes for x in jax.tree.leaves(state)) <= 5.0 / 32 * 2 * params["kernel"].nbytes
+      True
+
+    References:
+      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015;
+      `STQuant <https://arxiv.org/abs/2604.06836>`_, 2026.
+    """
+    check_hyperparameters(b1, b2, eps, eps_root)
+    check_precision(precision, storage)
+    rule = Adam(nesterov=bool(nesterov))
+    backend_step = backends.resolve(storage)
+
+    def init(params: optax.Params) -> ScaleByAdamQState:
+        layout = layout_of(params, storage)
+        return _init_state(layout, precision)
+
+    def update(
+        updates: optax.Updates, state: ScaleByAdamQState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ScaleByAdamQState]:
+        del params, extra_args
+        layout = layout_of(updates, storage)
+        grads, treedef = jax.tree.flatten(updates)
+        check_state(state, layout)
+        quantized, exact = layout.split(grads)
+        count = optax.safe_increment(state.count)
+        scalars = rule.prepare(b1, b2, eps, eps_root, count)
+        quantized, arena, mu_scale, nu_scale = backend_step(
+            layout, storage, rule, scalars, count, quantized, state.arena, state.mu_scale, state.nu_scale, *state.precision
+        )
+        exact, moments = _update_exact(rule, scalars, exact, state.exact)
+        updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
+        return updates, ScaleByAdamQState(count, arena, mu_scale, nu_scale, moments, state.precision)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
+    tiles = rows.slot_tiles(layout)
+    capacity = precision.rows(tiles, rows.fixed_bytes(layout), rows.reference_bytes(layout))
+    return ScaleByAdamQState(
+        count=jnp.zeros((), jnp.int32),
+        arena=jnp.zeros((capacity, LANES), jnp.uint32),
+        mu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["mu"]),
+        nu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["nu"]),
+        exact=jnp.zeros((len(rows.MOMENTS), layout.exact_size), jnp.float32),
+        precision=precision.first_plan(tiles, capacity),
+    )
+
+
+def _update_exact(
+    rule: Adam, scalars: AdamScalars, grads: list[jax.Array], moments: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """The rule on the small leaves, in float32, all of them as one vector."""
+    if not moments.shape[1]:
+        return grads, moments
+    g = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in grads])
+    mu, nu = rule.accumulate(g, moments[0], moments[1], scalars)
+    update = rule.direction(g, mu, nu, scalars)
+    ends = np.cumsum([x.size for x in grads])
+    parts = jnp.split(update, ends[:-1])
+    return [u.reshape(x.shape).astype(x.dtype) for u, x in zip(parts, grads, strict=True)], jnp.stack([mu, nu])
