@@ -11,11 +11,12 @@ import numpy as np
 from jax import lax
 
 from stquant_jax.layout import Layout
-from stquant_jax.planes import LANES, PLANES
+from stquant_jax.planes import GROUP, LANES, PLANES
 
 MOMENTS = ("mu", "nu")
 ROW_BYTES = 4 * LANES
 SCALE_DTYPES = {"mu": jnp.uint8, "nu": jnp.uint16}
+TILE_SCALE_BYTES = LANES * (1 + 2) + GROUP  # a scale of mu and of nu per group, and nu's rows
 
 
 def slot_tiles(layout: Layout) -> np.ndarray:
@@ -40,8 +41,7 @@ def schedule_bytes(layout: Layout) -> int:
 
 def fixed_bytes(layout: Layout) -> int:
     """Bytes of the state beside the arena: scales, exact leaves, schedule."""
-    scales = layout.tiles * LANES * sum(jnp.dtype(d).itemsize for d in SCALE_DTYPES.values())
-    return scales + layout.exact_size * 4 * len(MOMENTS) + schedule_bytes(layout)
+    return layout.tiles * TILE_SCALE_BYTES + layout.exact_size * 4 * len(MOMENTS) + schedule_bytes(layout)
 
 
 def reference_bytes(layout: Layout) -> int:

@@ -5,10 +5,11 @@ The energy is kept exactly (up to a fine scale), only the split is quantized.
 
 Second moment, kept as sigma = sqrt(v), on a lattice in log2:
 
-    log2 sigma_i = base - delta * n_i,    n_i in 0..2**width - 1,    delta = window / 2**width octaves
+    log2 sigma_ij = base_j - row_i / 32 - delta * n_ij,    n_ij in 0..2**width - 1,    delta = window / 2**width octaves
 
-``n_i`` counts steps below the largest, so width 0 means one sigma for all. ``base`` is the group's two-byte scale.
-With b2 = 0.999 an element drifts by a thousandth of an octave a step. Rounded to the nearest it would never move, and rounded
+for element i of group j. ``base`` is the group's two-byte scale; ``row`` is a byte that the 128 groups of a tile share, since elements
+at one place of neighbouring groups (one input feature, say) are large or small together. It leaves a narrow window to the codes,
+and at width 0, where there are none, it is what tells a group's elements apart. With b2 = 0.999 an element drifts by a thousandth of an octave a step. Rounded to the nearest it would never move, and rounded
 at random off the lattice it would be a random walk; here stored values stay on a lattice that moves with the group's common
 growth, and an element takes a step with the small probability that its own drift asks for. The error is proportional to delta.
 
@@ -26,11 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
+from stquant_jax.planes import GROUP
 
 
 MU_WIDTHS = (2, 8)
 NU_WIDTHS = (0, 8)
-WINDOWS = (2, 3, 4, 6, 8)
+WINDOWS = (1, 2, 3, 4, 6, 8)
 
 # Second moment: log2 sigma over the 128 octaves whose squares are float32 numbers, two bytes.
 BASE_PER_OCTAVE = 512
@@ -46,11 +48,16 @@ MU_FINE_REACH = 3.5  # octaves either side of the center
 MU_ZERO_CODE = 128  # the code of the center
 MU_NOT_FINITE = 2**8 - 1
 
-# How far an element's root is pulled to its group's root mean in the update (never in the store): lattice noise over lattice noise
+ROW_PER_OCTAVE = 32
+ROW_LAST = 2**8 - 1
+_ROW_MOST = 8.0  # steps a row may move at once
+_ROW_GAIN = 0.25  # of a row's distance from its tile that it makes up at once
+
+# How far an element's root is pulled to what its group and row predict in the update (never in the store): lattice noise over lattice noise
 # plus true spread (James and Stein), measured in the closed loop. By width, 0..8.
-SHRINKAGE = (1.0, 0.55, 0.4, 0.25, 0.15, 0.07, 0.03, 0.0, 0.0)
+SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
 # The window that served best in the closed loop, by width.
-DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 4, 4, 4)
+DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
 # Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
 _REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
 
@@ -113,76 +120,116 @@ class Second(NamedTuple):
     v: jax.Array  # [..., 32, n], zero where absent
     sigma: jax.Array  # its root
     reference: jax.Array  # v as it would be were no group absent: a divisor
-    steps: jax.Array  # lattice steps below the base, float
+    codes: jax.Array  # float
+    depth: jax.Array  # octaves below the base
     base: jax.Array  # [..., 1, n] log2
     dead: jax.Array  # [..., 1, n] bool
 
 
-def decode_second(codes: jax.Array, scale: jax.Array, valid: jax.Array, lat: Lattice) -> Second:
-    """Second moment from codes uint32[..., 32, n] and two-byte scales int32[..., 1, n].
+def decode_second(codes: jax.Array, scale: jax.Array, row: jax.Array, valid: jax.Array, lat: Lattice) -> Second:
+    """Second moment from codes uint32[..., 32, n], two-byte scales uint32[..., 1, n] and rows float32[..., 32, 1].
 
     ``valid`` is 1 for elements and 0 for padding, which has no energy.
     """
     dead = scale == 0
     base = BASE_LOWEST + (to_float(scale) - 1.0) * (1 / BASE_PER_OCTAVE)
-    steps = jnp.where(dead, 0.0, to_float(codes))
-    root = exp2(jnp.maximum(base - lat.delta * steps, BASE_LOWEST))
+    codes = to_float(codes)
+    depth = row * (1 / ROW_PER_OCTAVE) + lat.delta * codes
+    root = exp2(jnp.maximum(base - depth, BASE_LOWEST))
     sigma = root * (_presence(scale, BASE_NOT_FINITE) * valid)
-    return Second(sigma * sigma, sigma, root * root, steps, base, dead)
+    return Second(sigma * sigma, sigma, root * root, codes, depth, base, dead)
 
 
 class SecondCode(NamedTuple):
     """An encoded second moment, with what the update and the first moment need."""
 
     codes: jax.Array  # float, whole
-    scale: jax.Array  # int32
-    v_used: jax.Array  # what the update divides by the root of: v shrunk to its group's mean
+    scale: jax.Array  # uint32
+    row: jax.Array  # [..., 32, 1] float, whole
+    v_used: jax.Array  # what the update divides by the root of: v shrunk to what group and row predict
     inverse_root: jax.Array  # 1 / sigma as decoded from the new codes
     presence: jax.Array  # [..., 1, n]: 0, 1 or NaN
 
 
 def encode_second(
-    v: jax.Array, old: Second, valid: jax.Array, lat: Lattice, dither: jax.Array, coin: jax.Array
+    v: jax.Array,
+    old: Second,
+    row: jax.Array,
+    turn: jax.Array,
+    valid: jax.Array,
+    lat: Lattice,
+    dither: jax.Array,
+    coin: jax.Array,
 ) -> SecondCode:
     """Move a group's lattice with its common growth and its elements by their own drift.
 
     Args:
       v: new second moment float32[..., 32, n], zero where ``valid`` is.
       old: what ``v`` grew out of.
+      row: rows that the old codes are relative to, float32[..., 32, 1].
+      turn: the row whose turn it is to move, 0..31, scalar.
       dither: uniform on [0, 1) per element. coin: the same per group.
     """
     energy = group_sum(v)
     mean = energy / group_sum(valid)
+    finite = energy < jnp.inf
+    dead = energy < TINY
+    presence = jnp.where(finite, jnp.where(dead, 0.0, 1.0), jnp.nan)
+
     # A group that was absent starts from its own mean: every element at the base, no common growth.
     reference = jnp.where(old.dead, jnp.maximum(mean, TINY), old.reference)
     before = jnp.where(old.dead, energy, group_sum(old.v))
     growth = 0.5 * log2(jnp.maximum(energy, TINY) / jnp.maximum(before, TINY))
     drift = 0.5 * log2(jnp.maximum(v / reference, TINY))
-    steps = old.steps - jnp.floor((drift - growth) * (1.0 / lat.delta) + dither)
-    steps = jnp.minimum(steps - jnp.min(steps, axis=-2, keepdims=True), lat.last)
+    own = drift - growth
+    moved = _move_row(old, own, row, turn, jnp.where(presence == 1.0, 1.0, 0.0) * valid, lat, dither)
+    down = (moved - jnp.where(old.dead, 0.0, row)) * (1 / ROW_PER_OCTAVE)
+    codes = jnp.where(old.dead, 0.0, old.codes) - jnp.floor((own + down) * (1.0 / lat.delta) + dither)
+    codes = jnp.minimum(codes - jnp.min(codes, axis=-2, keepdims=True), lat.last)
+    row = moved - jnp.min(moved, axis=-2, keepdims=True)
 
     # The base that gives the decoded group the energy of the true one.
-    relative = exp2(-lat.delta * steps)
+    relative = exp2(-(row * (1 / ROW_PER_OCTAVE) + lat.delta * codes))
     decoded = group_sum(relative * relative * valid)
     base = 0.5 * log2(jnp.maximum(energy, TINY) / decoded)
     scale = jnp.floor((base - BASE_LOWEST) * BASE_PER_OCTAVE + 1.0 + coin)
     scale = jnp.clip(scale, 1, BASE_NOT_FINITE - 1)
     rounded = BASE_LOWEST + (scale - 1.0) * (1 / BASE_PER_OCTAVE)
-    finite = energy < jnp.inf
-    dead = energy < TINY
-    presence = jnp.where(finite, jnp.where(dead, 0.0, 1.0), jnp.nan)
 
+    # James-Stein: pull to the product of the group's mean and the row's share of it.
     log_mean = log2(jnp.clip(mean, TINY, 2.0**127))
-    start = jnp.where(old.dead, 0.5 * log_mean, old.base)
-    log_v = 2.0 * (start - lat.delta * old.steps + drift)
-    log_used = log_v + lat.shrinkage * (log_mean - log_v)
+    log_share = row * (-2 / ROW_PER_OCTAVE)
+    log_share -= log2(group_sum(exp2(log_share) * valid[..., :1]) / group_sum(valid[..., :1]))
+    log_v = jnp.where(old.dead, log_mean, 2.0 * (old.base - old.depth)) + 2.0 * drift
+    log_used = log_v + lat.shrinkage * ((log_mean + log_share) - log_v)
     return SecondCode(
-        codes=steps,
+        codes=codes,
         scale=jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE).astype(jnp.uint32),
+        row=row,
         v_used=exp2(jnp.clip(log_used, -126.0, 127.0)),
         inverse_root=exp2(-rounded) / relative,
         presence=presence,
     )
+
+
+def _move_row(
+    old: Second, own: jax.Array, row: jax.Array, turn: jax.Array, weight: jax.Array, lat: Lattice, dither: jax.Array
+) -> jax.Array:
+    """Let one row of each tile follow its elements; in 32 steps every row has its turn.
+
+    With codes, the row makes up part of the distance of its mean code from its tile's. Without, it takes the drift of its
+    elements, on average and 32 times over.
+    """
+    one = lambda x: jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(x, own.shape), turn, 1, axis=-2)
+    lane_sum = lambda x: jnp.sum(x, axis=-1, keepdims=True)
+    here = jnp.maximum(lane_sum(one(weight)), 1.0)
+    far = lane_sum(one(weight * old.codes)) / here
+    far -= lane_sum(group_sum(weight * old.codes)) / jnp.maximum(lane_sum(group_sum(weight)), 1.0)
+    drift = lane_sum(one(jnp.where(weight > 0, own, 0.0))) / here
+    move = jnp.where(lat.last > 0, _ROW_GAIN * lat.delta * far, -GROUP * drift) * ROW_PER_OCTAVE
+    move = jnp.floor(jnp.clip(move, -_ROW_MOST, _ROW_MOST) + one(dither)[..., :1])
+    moved = row + jnp.where(jnp.arange(GROUP)[:, None] == turn, move, 0.0)
+    return jnp.minimum(moved, jnp.min(moved, axis=-2, keepdims=True) + ROW_LAST)
 
 
 def decode_first(codes: jax.Array, scale: jax.Array, sigma: jax.Array, lev: Levels) -> jax.Array:

@@ -13,6 +13,7 @@ from stquant_jax.checks import check_state
 from stquant_jax.codecs import decode_first, decode_second, lattice, levels
 from stquant_jax.layout import Leaf, Storage, from_tiles, layout_of
 from stquant_jax.places import Place
+from stquant_jax.planes import GROUP
 from stquant_jax.transform import ScaleByAdamQState
 
 
@@ -57,6 +58,8 @@ def _decode(state: ScaleByAdamQState, offsets: jax.Array, index: int, leaf: Leaf
         return scales[first : first + leaf.tiles, None].astype(jnp.uint32)
 
     _, valid = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles)
-    second = decode_second(codes(nu_slot), scale(state.nu_scale), valid, lattice(widths[nu_slot], windows[nu_slot]))
+    row = state.nu_row[GROUP * first : GROUP * (first + leaf.tiles)].reshape(leaf.tiles, GROUP, 1).astype(jnp.float32)
+    lat = lattice(widths[nu_slot], windows[nu_slot])
+    second = decode_second(codes(nu_slot), scale(state.nu_scale), row, valid, lat)
     mu = decode_first(codes(mu_slot), scale(state.mu_scale), second.sigma, levels(widths[mu_slot]))
     return from_tiles(mu, leaf), from_tiles(second.v, leaf)

@@ -11,12 +11,8 @@ from rich.table import Table
 from stquant_jax import arena as rows
 from stquant_jax.checks import check_precision, check_state
 from stquant_jax.layout import Layout, Storage, layout_of
-from stquant_jax.planes import LANES
 from stquant_jax.precision import Budget, Policy
 from stquant_jax.transform import ScaleByAdamQState
-
-_SCALE_BYTES = LANES * sum(np.dtype(d).itemsize for d in rows.SCALE_DTYPES.values())
-
 
 @dataclass(frozen=True)
 class LeafReport:
@@ -147,7 +143,7 @@ def _report(layout: Layout, widths: np.ndarray, capacity: int, schedule_bytes: i
     leaves = []
     for leaf in layout.leaves:
         mu, nu = next(pairs) if leaf.tiles else (32, 32)
-        size = leaf.tiles * (_SCALE_BYTES + rows.ROW_BYTES * (mu + nu)) if leaf.tiles else 8 * leaf.size
+        size = leaf.tiles * (rows.TILE_SCALE_BYTES + rows.ROW_BYTES * (mu + nu)) if leaf.tiles else 8 * leaf.size
         leaves.append(LeafReport(leaf.path, leaf.shape, leaf.kind, leaf.reason, mu, nu, size))
     used = int(np.sum(widths * rows.slot_tiles(layout)))
     return Report(

@@ -2,8 +2,9 @@
 
 A leaf is seen as a matrix [rows, columns], leading axes folded into the rows. Groups run along the shorter of the two axes (ties: along
 the rows), lanes along the longer: token and vocabulary axes never fall inside a group, and a sharding that cuts an axis in
-multiples of the tile leaves every group whole. Where padding would waste more than 1/8, or the group axis is shorter than a
-group, the flat view is used: 32 consecutive elements a group. Small leaves stay exact float32.
+multiples of the tile leaves every group whole. Where padding would waste more than 1/8, the bands of 32 are folded: laid side by
+side along the lanes, so that only the end is padded. Where the group axis does not divide into groups, the flat view is used:
+32 consecutive elements a group. Small leaves stay exact float32.
 
 All of it is static, computed from shapes at trace time; the state holds arrays only.
 """
@@ -63,10 +64,10 @@ class Leaf:
     path: str
     shape: tuple[int, ...]
     dtype: Any
-    kind: str  # "tiled", "flat", "exact"
+    kind: str  # "tiled", "folded", "flat" or "exact"
     reason: str
     groups_along: int = 0  # elements along the group axis, unpadded
-    lanes_along: int = 0  # elements along the lane axis, unpadded
+    lanes_along: int = 0  # groups side by side, unpadded: the lane axis, or all of the leaf's groups where folded or flat
     transposed: bool = False  # the group axis is the last one
     tiles: int = 0  # alignment included
 
@@ -157,16 +158,20 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
     transposed = columns < rows
     groups, lanes = (columns, rows) if transposed else (rows, columns)
     tiles = -(-groups // GROUP) * -(-lanes // LANES)
-    if groups < GROUP:
-        reason = f"shorter axis of {groups}, less than a group of {GROUP}"
-    elif tiles * TILE * (1 - MAX_WASTE) > size:
-        reason = f"tiles of {rows} x {columns} would waste {1 - size / (tiles * TILE):.0%}"
+    waste = 1 - size / (tiles * TILE)
+    if groups >= GROUP and waste <= MAX_WASTE:
+        kind, reason = "tiled", f"groups along the {'columns' if transposed else 'rows'} of {rows} x {columns}"
     else:
-        reason = f"groups along the {'columns' if transposed else 'rows'} of {rows} x {columns}"
-        aligned = _align(tiles, storage.row_alignment)
-        return Leaf(path, shape, dtype, "tiled", reason, groups, lanes, transposed, aligned)
-    lanes = -(-size // GROUP)
-    return Leaf(path, shape, dtype, "flat", reason, GROUP, lanes, True, _align(-(-lanes // LANES), storage.row_alignment))
+        kind, reason = "flat", f"shorter axis of {groups}, less than a group of {GROUP}"
+        if groups % GROUP == 0:
+            kind, reason = "folded", f"tiles of {rows} x {columns} would waste {waste:.0%}"
+        elif groups > GROUP:
+            reason = f"tiles of {rows} x {columns} would waste {waste:.0%}, and {groups} is no multiple of {GROUP}"
+        if kind == "flat":
+            transposed = True
+        groups, lanes = GROUP, -(-size // GROUP)
+        tiles = -(-lanes // LANES)
+    return Leaf(path, shape, dtype, kind, reason, groups, lanes, transposed, _align(tiles, storage.row_alignment))
 
 
 def _align(n: int, alignment: int) -> int:
@@ -175,32 +180,40 @@ def _align(n: int, alignment: int) -> int:
 
 def to_tiles(x: jax.Array, leaf: Leaf) -> jax.Array:
     """[*shape] -> [tiles, 32, 128], padded with zeros."""
+    groups = _to_groups(x, leaf)
     bands, lane_tiles = leaf.bands, leaf.lane_tiles
-    if leaf.kind == "flat":
-        x = jnp.pad(x.reshape(-1), (0, lane_tiles * TILE - leaf.size)).reshape(-1, GROUP)
-    matrix = x.reshape(-1, leaf.groups_along if leaf.transposed else leaf.lanes_along)
-    if leaf.transposed:
-        matrix = _pad_to(matrix, lane_tiles * LANES, bands * GROUP)
-        tiles = matrix.reshape(lane_tiles, LANES, bands, GROUP).transpose(2, 0, 3, 1)
-    else:
-        matrix = _pad_to(matrix, bands * GROUP, lane_tiles * LANES)
-        tiles = matrix.reshape(bands, GROUP, lane_tiles, LANES).transpose(0, 2, 1, 3)
-    tiles = tiles.reshape(bands * lane_tiles, GROUP, LANES)
+    tiles = _pad_to(groups, bands * GROUP, lane_tiles * LANES)
+    tiles = tiles.reshape(bands, GROUP, lane_tiles, LANES).swapaxes(1, 2).reshape(-1, GROUP, LANES)
     return jnp.pad(tiles, ((0, leaf.tiles - len(tiles)), (0, 0), (0, 0)))
 
 
 def from_tiles(tiles: jax.Array, leaf: Leaf) -> jax.Array:
     """[tiles, 32, 128] -> [*shape]. The inverse of `to_tiles`."""
     bands, lane_tiles = leaf.bands, leaf.lane_tiles
-    tiles = tiles[: bands * lane_tiles].reshape(bands, lane_tiles, GROUP, LANES)
-    if leaf.transposed:
-        matrix = tiles.transpose(1, 3, 0, 2).reshape(lane_tiles * LANES, bands * GROUP)
-    else:
-        matrix = tiles.transpose(0, 2, 1, 3).reshape(bands * GROUP, lane_tiles * LANES)
+    tiles = tiles[: bands * lane_tiles].reshape(bands, lane_tiles, GROUP, LANES).swapaxes(1, 2)
+    groups = tiles.reshape(bands * GROUP, lane_tiles * LANES)[: leaf.groups_along, : leaf.lanes_along]
+    return _from_groups(groups, leaf)
+
+
+def _to_groups(x: jax.Array, leaf: Leaf) -> jax.Array:
+    """[*shape] -> [groups_along, lanes_along]: the group axis first, the lane axis last."""
     if leaf.kind == "flat":
-        return matrix.reshape(-1)[: leaf.size].reshape(leaf.shape)
-    rows, columns = (leaf.lanes_along, leaf.groups_along) if leaf.transposed else (leaf.groups_along, leaf.lanes_along)
-    return matrix[:rows, :columns].reshape(leaf.shape)
+        return jnp.pad(x.reshape(-1), (0, leaf.lanes_along * GROUP - leaf.size)).reshape(-1, GROUP).T
+    matrix = x.reshape(-1, leaf.shape[-1])
+    groups = matrix.T if leaf.transposed else matrix
+    if leaf.kind == "folded":
+        return groups.reshape(-1, GROUP, groups.shape[1]).swapaxes(0, 1).reshape(GROUP, -1)
+    return groups
+
+
+def _from_groups(groups: jax.Array, leaf: Leaf) -> jax.Array:
+    if leaf.kind == "flat":
+        return groups.T.reshape(-1)[: leaf.size].reshape(leaf.shape)
+    if leaf.kind == "folded":
+        columns = leaf.shape[-1]
+        lanes = leaf.size // columns if leaf.transposed else columns
+        groups = groups.reshape(GROUP, -1, lanes).swapaxes(0, 1).reshape(-1, lanes)
+    return (groups.T if leaf.transposed else groups).reshape(leaf.shape)
 
 
 def _pad_to(matrix: jax.Array, rows: int, columns: int) -> jax.Array:

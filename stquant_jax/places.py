@@ -14,12 +14,12 @@ class Place(NamedTuple):
 
     lane_tiles: jax.Array | int
     lanes: jax.Array | int
-    limit: jax.Array | int  # elements on the group axis; of the whole leaf in the flat view
+    limit: jax.Array | int  # elements on the group axis; of the whole leaf where bands are folded or flat
     flat: jax.Array | int
 
     @classmethod
     def of(cls, leaf: Leaf) -> "Place":
-        flat = leaf.kind == "flat"
+        flat = leaf.kind != "tiled"
         return cls(leaf.lane_tiles, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat))
 
     def of_tiles(self, tile: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -28,6 +28,6 @@ class Place(NamedTuple):
         band = tiles // self.lane_tiles
         lane = (tiles - band * self.lane_tiles) * LANES + jnp.arange(LANES, dtype=jnp.int32)
         group = (band * self.lanes + lane).astype(jnp.uint32)
-        # In the flat view a group is 32 consecutive elements, so it is the last lane that may be cut short, not the last band.
+        # Flat, a group is 32 consecutive elements, so it is the last lane that may be cut short, not the last band.
         left = self.limit - GROUP * jnp.where(self.flat == 1, lane, band)
         return group, (jnp.arange(GROUP, dtype=jnp.int32)[:, None] < left).astype(jnp.float32)

@@ -44,7 +44,7 @@ class Fixed:
     Attributes:
       mu: bits of a code of the first moment, 2..8.
       nu: bits of a code of the second moment, 0..8.
-      window: octaves that the second moment's lattice spans, 2, 3, 4, 6 or 8; None for the best at that width.
+      window: octaves that the second moment's lattice spans, 1, 2, 3, 4, 6 or 8; None for the best at that width.
     """
 
     mu: int = 5

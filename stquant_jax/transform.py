@@ -14,7 +14,7 @@ from stquant_jax import arena as rows
 from stquant_jax import backends
 from stquant_jax.checks import check_hyperparameters, check_precision, check_state
 from stquant_jax.layout import Layout, Storage, layout_of
-from stquant_jax.planes import LANES
+from stquant_jax.planes import GROUP, LANES
 from stquant_jax.precision import Budget, Policy, PrecisionState
 from stquant_jax.rules import Adam, AdamScalars
 
@@ -27,6 +27,7 @@ class ScaleByAdamQState(NamedTuple):
       arena: uint32[rows, 128], the codes of all quantized leaves as bit-planes.
       mu_scale: uint8[tiles, 128], one per group of 32.
       nu_scale: uint16[tiles, 128].
+      nu_row: uint8[tiles * 32], one per row of a tile.
       exact: float32[2, n], mu and nu of the small leaves, one after the other.
       precision: widths and windows of all slots.
     """
@@ -35,6 +36,7 @@ class ScaleByAdamQState(NamedTuple):
     arena: jax.Array
     mu_scale: jax.Array
     nu_scale: jax.Array
+    nu_row: jax.Array
     exact: jax.Array
     precision: PrecisionState
 
@@ -109,12 +111,12 @@ def scale_by_adam_q(
         quantized, exact = layout.split(grads)
         count = optax.safe_increment(state.count)
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
-        quantized, arena, mu_scale, nu_scale = backend_step(
-            layout, storage, rule, scalars, count, quantized, state.arena, state.mu_scale, state.nu_scale, *state.precision
+        quantized, *packed = backend_step(
+            layout, storage, rule, scalars, count, quantized, *state[1:5], *state.precision
         )
         exact, moments = _update_exact(rule, scalars, exact, state.exact)
         updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
-        return updates, ScaleByAdamQState(count, arena, mu_scale, nu_scale, moments, state.precision)
+        return updates, ScaleByAdamQState(count, *packed, moments, state.precision)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -127,6 +129,7 @@ def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
         arena=jnp.zeros((capacity, LANES), jnp.uint32),
         mu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["mu"]),
         nu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["nu"]),
+        nu_row=jnp.zeros((layout.tiles * GROUP,), jnp.uint8),
         exact=jnp.zeros((len(rows.MOMENTS), layout.exact_size), jnp.float32),
         precision=precision.first_plan(tiles, capacity),
     )

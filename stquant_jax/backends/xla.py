@@ -31,6 +31,7 @@ class Buffers(NamedTuple):
     arena: jax.Array
     mu_scale: jax.Array  # uint8[tiles, 128]
     nu_scale: jax.Array  # uint16[tiles, 128]
+    nu_row: jax.Array  # uint8[tiles * 32]
 
 
 def step(
@@ -43,10 +44,11 @@ def step(
     arena: jax.Array,
     mu_scale: jax.Array,
     nu_scale: jax.Array,
+    nu_row: jax.Array,
     widths: jax.Array,
     windows: jax.Array,
-) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
-    """One fused update of all quantized leaves: updates, arena, scales."""
+) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One fused update of all quantized leaves: updates, arena, scales, rows."""
     leaves = layout.quantized
     places = jax.tree.map(lambda *column: jnp.asarray(np.array(column, np.int32)), *map(Place.of, leaves))
     tiles, first = (jnp.asarray(np.array(x, np.int32)) for x in ([leaf.tiles for leaf in leaves], layout.first_tile))
@@ -70,6 +72,7 @@ def step(
         old = Codes(
             *map(read, slots),
             *(fetch(s, at, size)[:, None].astype(jnp.uint32) for s in (b.mu_scale, b.nu_scale)),
+            fetch(b.nu_row, at * GROUP, size * GROUP).reshape(size, GROUP, 1).astype(jnp.uint32),
         )
         group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(tile, size)
         noise = dither(storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None])
@@ -83,13 +86,21 @@ def step(
             levels(widths[slots[0]]),
             lattice(widths[slots[1]], windows[slots[1]]),
             noise,
+            count % GROUP,
         )
         arena = b.arena
         for slot, codes in zip(slots, (new.mu, new.nu), strict=True):
             arena = rows.write_planes(arena, planes.pack(codes), offsets[slot] + tile, widths[slot], stride)
-        put = lambda buffer, x: lax.dynamic_update_slice(buffer, x.astype(buffer.dtype), (at,) + (0,) * (x.ndim - 1))
+
+        def put(buffer, x, at):
+            return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
+
         return Buffers(
-            put(b.data, update), arena, put(b.mu_scale, new.mu_scale[:, 0]), put(b.nu_scale, new.nu_scale[:, 0])
+            put(b.data, update, at),
+            arena,
+            put(b.mu_scale, new.mu_scale[:, 0], at),
+            put(b.nu_scale, new.nu_scale[:, 0], at),
+            put(b.nu_row, new.nu_row.reshape(-1), at * GROUP),
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
@@ -99,9 +110,9 @@ def step(
 
     dtype = jnp.result_type(*grads)
     data = jnp.concatenate([to_tiles(g.astype(dtype), leaf) for g, leaf in zip(grads, leaves, strict=True)])
-    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, arena, mu_scale, nu_scale))
+    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, arena, mu_scale, nu_scale, nu_row))
     updates = [
         from_tiles(b.data[first : first + leaf.tiles], leaf).astype(g.dtype)
         for g, leaf, first in zip(grads, leaves, layout.first_tile, strict=True)
     ]
-    return updates, b.arena, b.mu_scale, b.nu_scale
+    return updates, *b[1:]
