@@ -2,8 +2,11 @@
 
     python examples/train_gpt.py --steps 500 --bits 5 --json train_gpt.json
 
-The text is the source of the Python that runs this file, so nothing is downloaded. Both runs start
-from the same weights and see the same bytes; only the optimizer line differs.
+Takes about two minutes on two cores. Expect a validation loss near 1.70 nats per byte from both,
+and a state of 0.156 (5/32) the bytes. `--seeds 2` adds an fp32 run: the noise between seeds.
+
+The text is the standard library of the Python that runs this file, so nothing is downloaded. Both
+runs start from the same weights and see the same bytes; only the optimizer differs.
 """
 
 import argparse
@@ -253,7 +256,7 @@ def main() -> None:
     print(f"standard library of Python {about['python']}: {about['corpus_bytes']:,} bytes")
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, cfg.steps // 10, cfg.steps)
-    hyper = {"b1": 0.9, "b2": 0.999, "weight_decay": cfg.weight_decay}
+    hyper: dict[str, Any] = {"b1": 0.9, "b2": 0.999, "weight_decay": cfg.weight_decay}
     fp32 = optax.adamw(schedule, **hyper)
     packed = stquant.adamw(schedule, **hyper, precision=stquant.Budget(bits=cfg.bits))
     runs = {

@@ -5,6 +5,9 @@ plane-major: plane p of tile t is row ``offset + p * T + t``. Offsets are the cu
 nowhere. XLA wants static shapes, so the number of rows is fixed by the budget and widths move inside it.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,28 +52,35 @@ def reference_bytes(layout: Layout) -> int:
     return 4 + layout.size * 4 * len(MOMENTS)
 
 
-def read_planes(arena: jax.Array, first: jax.Array, width: jax.Array, stride: jax.Array, tiles: int) -> jax.Array:
-    """uint32[8, tiles, 128]: the planes of consecutive tiles, zero above the width.
+class Span(NamedTuple):
+    """Consecutive tiles of a slot in the arena; traced scalars."""
 
-    ``first`` is the row of plane 0 of the first tile, ``stride`` the rows from plane to plane. The trip count is traced:
-    what is not stored is not read.
+    first: jax.Array  # row of plane 0 of the first tile
+    width: jax.Array  # planes
+    stride: jax.Array  # rows from plane to plane
+
+
+def read_planes(arena: jax.Array, span: Span, tiles: int) -> jax.Array:
+    """uint32[8, tiles, 128]: the planes of consecutive tiles, zero above the width."""
+
+    def plane(p):
+        # What is not stored is not fetched: the first plane is read again.
+        row = span.first + jnp.where(p < span.width, p, 0) * span.stride
+        return jnp.where(p < span.width, lax.dynamic_slice(arena, (row, 0), (tiles, LANES)), 0)
+
+    return jnp.stack([plane(p) for p in range(PLANES)])
+
+
+def write_planes(arena: jax.Array, spans: Sequence[Span], planes: Sequence[jax.Array]) -> jax.Array:
+    """Write each span's planes uint32[8, tiles, 128] up to its width, where `read_planes` reads them.
+
+    Widths are traced but the writes are not counted by them: one that has nothing to store repeats the very first, which
+    is why the first span must have a width of at least 1. That is faster than a loop and stays in place.
     """
-
-    def read(p, planes):
-        rows = lax.dynamic_slice(arena, (first + p * stride, 0), (tiles, LANES))
-        return lax.dynamic_update_slice(planes, rows[None], (p, 0, 0))
-
-    return lax.fori_loop(0, width, read, jnp.zeros((PLANES, tiles, LANES), jnp.uint32))
-
-
-def write_planes(
-    arena: jax.Array, planes: jax.Array, first: jax.Array, width: jax.Array, stride: jax.Array
-) -> jax.Array:
-    """Write the lowest ``width`` of uint32[8, tiles, 128] planes where `read_planes` reads them."""
-    _, tiles, lanes = planes.shape
-
-    def write(p, arena):
-        rows = lax.dynamic_slice(planes, (p, 0, 0), (1, tiles, lanes))[0]
-        return lax.dynamic_update_slice(arena, rows, (first + p * stride, 0))
-
-    return lax.fori_loop(0, width, write, arena)
+    home, home_words = spans[0].first, planes[0][0]
+    for span, words in zip(spans, planes, strict=True):
+        for p in range(PLANES):
+            stored = p < span.width
+            row = jnp.where(stored, span.first + p * span.stride, home)
+            arena = lax.dynamic_update_slice(arena, jnp.where(stored, words[p], home_words), (row, 0))
+    return arena

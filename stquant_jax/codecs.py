@@ -21,7 +21,8 @@ All functions work on float32 blocks [..., 32, n], the group along axis -2; valu
 Widths are traced scalars. Scale codes: 0 is a group of zeros, the top code a group that is not finite (it decodes to NaN).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,9 @@ SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
 DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
 # Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
 _REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
+
+
+Hold = Callable[[Any], Any]  # a pytree to the same pytree
 
 
 class Lattice(NamedTuple):
@@ -101,12 +105,25 @@ def levels(width: jax.Array) -> Levels:
     )
 
 
+def _keep(x: Any) -> Any:
+    """The default of ``hold``: a backend may pass a function that keeps values in memory, where its compiler would rather compute
+    them again for every use, those of a group for every element."""
+    return x
+
+
+def _by_halves(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Reduce the group axis by halves: a fixed order, so that every backend and block size gets the same bits."""
+    while (n := x.shape[-2]) > 1:
+        x = combine(x[..., : n // 2, :], x[..., n // 2 :, :])
+    return x
+
+
 def group_sum(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=-2, keepdims=True)
+    return _by_halves(jnp.add, x)
 
 
 def group_max(x: jax.Array) -> jax.Array:
-    return jnp.max(x, axis=-2, keepdims=True)
+    return _by_halves(jnp.maximum, x)
 
 
 def _presence(scale: jax.Array, not_finite: int) -> jax.Array:
@@ -119,25 +136,26 @@ class Second(NamedTuple):
 
     v: jax.Array  # [..., 32, n], zero where absent
     sigma: jax.Array  # its root
-    reference: jax.Array  # v as it would be were no group absent: a divisor
-    codes: jax.Array  # float
-    depth: jax.Array  # octaves below the base
-    base: jax.Array  # [..., 1, n] log2
+    log_root: jax.Array  # log2 of its root; 0 where absent
+    root: jax.Array  # 2**log_root
+    codes: jax.Array  # float; 0 where absent
     dead: jax.Array  # [..., 1, n] bool
 
 
-def decode_second(codes: jax.Array, scale: jax.Array, row: jax.Array, valid: jax.Array, lat: Lattice) -> Second:
+def decode_second(
+    codes: jax.Array, scale: jax.Array, row: jax.Array, valid: jax.Array, lat: Lattice, hold: Hold = _keep
+) -> Second:
     """Second moment from codes uint32[..., 32, n], two-byte scales uint32[..., 1, n] and rows float32[..., 32, 1].
 
     ``valid`` is 1 for elements and 0 for padding, which has no energy.
     """
     dead = scale == 0
     base = BASE_LOWEST + (to_float(scale) - 1.0) * (1 / BASE_PER_OCTAVE)
-    codes = to_float(codes)
-    depth = row * (1 / ROW_PER_OCTAVE) + lat.delta * codes
-    root = exp2(jnp.maximum(base - depth, BASE_LOWEST))
-    sigma = root * (_presence(scale, BASE_NOT_FINITE) * valid)
-    return Second(sigma * sigma, sigma, root * root, codes, depth, base, dead)
+    base, presence, row = hold((base, _presence(scale, BASE_NOT_FINITE), row * (1 / ROW_PER_OCTAVE)))
+    log_root = jnp.where(dead, 0.0, jnp.maximum(base - row - lat.delta * to_float(codes), BASE_LOWEST))
+    root = hold(exp2(log_root))
+    sigma = root * presence * valid
+    return Second(sigma * sigma, sigma, log_root, root, jnp.where(dead, 0.0, to_float(codes)), dead)
 
 
 class SecondCode(NamedTuple):
@@ -160,6 +178,7 @@ def encode_second(
     lat: Lattice,
     dither: jax.Array,
     coin: jax.Array,
+    hold: Hold = _keep,
 ) -> SecondCode:
     """Move a group's lattice with its common growth and its elements by their own drift.
 
@@ -171,25 +190,30 @@ def encode_second(
       dither: uniform on [0, 1) per element. coin: the same per group.
     """
     energy = group_sum(v)
-    mean = energy / group_sum(valid)
     finite = energy < jnp.inf
     dead = energy < TINY
     presence = jnp.where(finite, jnp.where(dead, 0.0, 1.0), jnp.nan)
 
     # A group that was absent starts from its own mean: every element at the base, no common growth.
-    reference = jnp.where(old.dead, jnp.maximum(mean, TINY), old.reference)
-    before = jnp.where(old.dead, energy, group_sum(old.v))
+    count = group_sum(valid)
+    before = jnp.where(old.dead, count, group_sum(old.v))
     growth = 0.5 * log2(jnp.maximum(energy, TINY) / jnp.maximum(before, TINY))
-    drift = 0.5 * log2(jnp.maximum(v / reference, TINY))
-    own = drift - growth
-    moved = _move_row(old, own, row, turn, jnp.where(presence == 1.0, 1.0, 0.0) * valid, lat, dither)
-    down = (moved - jnp.where(old.dead, 0.0, row)) * (1 / ROW_PER_OCTAVE)
-    codes = jnp.where(old.dead, 0.0, old.codes) - jnp.floor((own + down) * (1.0 / lat.delta) + dither)
-    codes = jnp.minimum(codes - jnp.min(codes, axis=-2, keepdims=True), lat.last)
-    row = moved - jnp.min(moved, axis=-2, keepdims=True)
+    log_mean = log2(jnp.clip(energy / count, TINY, 2.0**127))
+    growth, log_mean, presence = hold((growth, log_mean, presence))
+    drift = hold(0.5 * log2(jnp.maximum(v / (old.root * old.root), TINY)))
+    moved = _move_row(old, drift - growth, row, turn, jnp.where(presence == 1.0, valid, 0.0), lat, dither)
+    moved, lifted = hold((moved, (moved - row) * (1 / ROW_PER_OCTAVE)))
+    down = jnp.where(old.dead, moved * (1 / ROW_PER_OCTAVE), lifted)
+    codes = hold(old.codes - jnp.floor((drift - growth + down) * (1.0 / lat.delta) + dither))
+    highest = group_max(-codes)
+    lowest = -group_max(jnp.where(valid[..., :1] > 0, -moved, -float(ROW_LAST)))
+    row = jnp.clip(moved - lowest, 0.0, ROW_LAST)
+    depth = row * (1 / ROW_PER_OCTAVE)
+    highest, row, depth = hold((highest, row, depth))
+    codes = jnp.minimum(codes + highest, lat.last)
 
     # The base that gives the decoded group the energy of the true one.
-    relative = exp2(-(row * (1 / ROW_PER_OCTAVE) + lat.delta * codes))
+    relative = hold(exp2(-(depth + lat.delta * codes)))
     decoded = group_sum(relative * relative * valid)
     base = 0.5 * log2(jnp.maximum(energy, TINY) / decoded)
     scale = jnp.floor((base - BASE_LOWEST) * BASE_PER_OCTAVE + 1.0 + coin)
@@ -197,17 +221,17 @@ def encode_second(
     rounded = BASE_LOWEST + (scale - 1.0) * (1 / BASE_PER_OCTAVE)
 
     # James-Stein: pull to the product of the group's mean and the row's share of it.
-    log_mean = log2(jnp.clip(mean, TINY, 2.0**127))
-    log_share = row * (-2 / ROW_PER_OCTAVE)
-    log_share -= log2(group_sum(exp2(log_share) * valid[..., :1]) / group_sum(valid[..., :1]))
-    log_v = jnp.where(old.dead, log_mean, 2.0 * (old.base - old.depth)) + 2.0 * drift
+    share = group_sum(exp2(-2.0 * depth) * valid[..., :1]) / group_sum(valid[..., :1])
+    log_share = -2.0 * depth - log2(share)
+    inverse, log_share = hold((exp2(-rounded), log_share))
+    log_v = 2.0 * (old.log_root + drift)
     log_used = log_v + lat.shrinkage * ((log_mean + log_share) - log_v)
     return SecondCode(
         codes=codes,
         scale=jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE).astype(jnp.uint32),
         row=row,
         v_used=exp2(jnp.clip(log_used, -126.0, 127.0)),
-        inverse_root=exp2(-rounded) / relative,
+        inverse_root=inverse / relative,
         presence=presence,
     )
 
@@ -222,39 +246,48 @@ def _move_row(
     """
     one = lambda x: jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(x, own.shape), turn, 1, axis=-2)
     lane_sum = lambda x: jnp.sum(x, axis=-1, keepdims=True)
-    here = jnp.maximum(lane_sum(one(weight)), 1.0)
+    living = lane_sum(one(weight))
+    here = jnp.maximum(living, 1.0)
     far = lane_sum(one(weight * old.codes)) / here
     far -= lane_sum(group_sum(weight * old.codes)) / jnp.maximum(lane_sum(group_sum(weight)), 1.0)
     drift = lane_sum(one(jnp.where(weight > 0, own, 0.0))) / here
     move = jnp.where(lat.last > 0, _ROW_GAIN * lat.delta * far, -GROUP * drift) * ROW_PER_OCTAVE
     move = jnp.floor(jnp.clip(move, -_ROW_MOST, _ROW_MOST) + one(dither)[..., :1])
-    moved = row + jnp.where(jnp.arange(GROUP)[:, None] == turn, move, 0.0)
-    return jnp.minimum(moved, jnp.min(moved, axis=-2, keepdims=True) + ROW_LAST)
+    its_turn = (jnp.arange(GROUP)[:, None] == turn) & (living > 0)
+    return row + jnp.where(its_turn, move, 0.0)
 
 
-def decode_first(codes: jax.Array, scale: jax.Array, sigma: jax.Array, lev: Levels) -> jax.Array:
+def decode_first(
+    codes: jax.Array, scale: jax.Array, sigma: jax.Array, lev: Levels, hold: Hold = _keep
+) -> jax.Array:
     """First moment from codes uint32[..., 32, n], one-byte scales int32[..., 1, n] and the second's root."""
     n = to_float(scale) - MU_ZERO_CODE
     fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
     octaves = jnp.minimum(jnp.abs(n), fine) / MU_FINE_PER_OCTAVE
     octaves += jnp.maximum(jnp.abs(n) - fine, 0.0) / MU_COARSE_PER_OCTAVE
     largest = exp2(MU_CENTER + jnp.sign(n) * octaves) * _presence(scale, MU_NOT_FINITE)
-    return (to_float(codes) + (lev.low + lev.between)) * (sigma * (largest * lev.unit))
+    return (to_float(codes) + (lev.low + lev.between)) * (sigma * hold(largest * lev.unit))
 
 
 def encode_first(
-    e: jax.Array, valid: jax.Array, presence: jax.Array, lev: Levels, dither: jax.Array, coin: jax.Array
+    e: jax.Array,
+    valid: jax.Array,
+    presence: jax.Array,
+    lev: Levels,
+    dither: jax.Array,
+    coin: jax.Array,
+    hold: Hold = _keep,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of a first moment relative to the quantized root of the second.
 
     Returns codes float32[..., 32, n], whole and >= 0, and scales uint32[..., 1, n].
     """
     largest = group_max(jnp.abs(e))
-    z = e * (lev.gain / jnp.maximum(largest, TINY))
+    z = e * hold(lev.gain / jnp.maximum(largest, TINY))
     # Between the two levels next to zero the choice is random, so that zero stays zero on average: a parameter
     # without gradient in a living group must not drift.
     jitter = jnp.where(jnp.abs(z) < 0.5, dither - 0.5, 0.0)
-    q = jnp.clip(jnp.floor(z + jnp.where(lev.between > 0, jitter, 0.5)), lev.low, lev.high)
+    q = hold(jnp.clip(jnp.floor(z + jnp.where(lev.between > 0, jitter, 0.5)), lev.low, lev.high))
     level = (q + lev.between) * lev.unit
     length = group_sum(e * e)
     decoded = group_sum(level * level * valid)

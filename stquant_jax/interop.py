@@ -52,12 +52,12 @@ def _decode(state: ScaleByAdamQState, offsets: jax.Array, index: int, leaf: Leaf
     widths, windows = state.precision
 
     def codes(slot):
-        return planes.unpack(rows.read_planes(state.arena, offsets[slot], widths[slot], jnp.int32(leaf.tiles), leaf.tiles))
+        return planes.unpack(rows.read_planes(state.arena, rows.Span(offsets[slot], widths[slot], jnp.int32(leaf.tiles)), leaf.tiles))
 
     def scale(scales):
         return scales[first : first + leaf.tiles, None].astype(jnp.uint32)
 
-    _, valid = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles)
+    _, valid = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles, leaf.ragged)
     row = state.nu_row[GROUP * first : GROUP * (first + leaf.tiles)].reshape(leaf.tiles, GROUP, 1).astype(jnp.float32)
     lat = lattice(widths[nu_slot], windows[nu_slot])
     second = decode_second(codes(nu_slot), scale(state.nu_scale), row, valid, lat)

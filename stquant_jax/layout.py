@@ -76,6 +76,11 @@ class Leaf:
         return math.prod(self.shape)
 
     @property
+    def ragged(self) -> bool:
+        """Some groups are only partly filled."""
+        return (self.groups_along if self.kind == "tiled" else self.size) % GROUP != 0
+
+    @property
     def lane_tiles(self) -> int:
         return -(-self.lanes_along // LANES)
 

@@ -3,6 +3,7 @@
 All are frozen dataclasses: `optax.inject_hyperparams` would turn bare numbers into traced arrays, and shapes depend on these.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,10 +13,11 @@ import numpy as np
 
 from stquant_jax.codecs import DEFAULT_WINDOW, MU_WIDTHS, NU_WIDTHS, WINDOWS
 
-# Squared error of the update that a moment of each width costs in the closed loop, over the update's energy; the mean of the
-# streams of benchmarks/codec.py. It ranks the first plan.
-MU_ERROR = {2: 0.32, 3: 0.115, 4: 0.035, 5: 0.010, 6: 0.0027, 7: 0.0012, 8: 0.0008}
-NU_ERROR = {0: 0.090, 1: 0.079, 2: 0.055, 3: 0.035, 4: 0.019, 5: 0.0095, 6: 0.0055, 7: 0.003, 8: 0.0016}
+# Squared error of the update that a moment costs in the closed loop at each width, over the update's energy: convex hulls of what
+# benchmarks/codec.py measures on its GPT and ViT streams, rounded. They rank the steps of the first plan. Width 1 of nu is not
+# on its hull: with rows, two levels tell less than they disturb.
+MU_ERROR = {2: 0.32, 3: 0.116, 4: 0.034, 5: 0.0098, 6: 0.0026, 7: 0.001, 8: 0.0006}
+NU_ERROR = {0: 0.058, 2: 0.0378, 3: 0.0277, 4: 0.0176, 5: 0.0092, 6: 0.0045, 7: 0.0025, 8: 0.0012}
 
 
 class PrecisionState(NamedTuple):
@@ -74,7 +76,7 @@ class Budget:
     """Fill a budget that counts everything: planes, scales, exact leaves, schedule, padding.
 
     The first plan raises the width that lowers the update's error most per byte, until nothing fits: near 5 bits mu has 5
-    and nu 4, near 4 bits 4 and 3, at 2.4 bits 4 and 0. Widths live in the state; so far they stay as first planned.
+    and nu 4, near 4 bits 5 and 2, near 3 bits 5 and 0. Widths live in the state; so far they stay as first planned.
 
     Attributes:
       bits: all-in bits per state element; the state takes at most bits/32 of the bytes of Optax's float32 Adam state.
@@ -101,28 +103,26 @@ class Budget:
 
     def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
         widths = _floor(tiles)
-        errors = [np.array([MU_ERROR.get(w, np.nan) for w in range(9)]), np.array([NU_ERROR[w] for w in range(9)])]
         kind = np.arange(len(tiles)) % 2
         free = rows - int(np.sum(tiles * widths))
-        # Every element's error counts the same, so all slots of a kind gain alike: raise kind by kind, in the order of
-        # gain, as many slots as fit, the largest first.
-        for moment, width in _by_gain(errors):
+        # Every element's error counts the same, so all slots of a moment gain alike: take the steps in the order of gain per
+        # bit, each for as many slots as fit, the largest first.
+        for moment, width, wider in _by_gain():
             for slot in np.argsort(-tiles, kind="stable"):
-                if kind[slot] == moment and widths[slot] == width and tiles[slot] <= free:
-                    widths[slot] += 1
-                    free -= int(tiles[slot])
+                cost = int(tiles[slot]) * (wider - width)
+                if kind[slot] == moment and widths[slot] == width and cost <= free:
+                    widths[slot] = wider
+                    free -= cost
         return _plan(widths, None)
 
 
-def _by_gain(errors: list[np.ndarray]) -> list[tuple[int, int]]:
-    """(moment, width) steps, the largest fall of error first, each moment's in ascending order of width."""
-    width, steps = [MU_WIDTHS[0], NU_WIDTHS[0]], []
-    while min(width) < 8:
-        gain = [e[w] - e[w + 1] if w < 8 else -np.inf for e, w in zip(errors, width, strict=True)]
-        moment = int(np.argmax(gain))
-        steps.append((moment, width[moment]))
-        width[moment] += 1
-    return steps + [(m, w) for m in (0, 1) for w in range(width[m], 8)]
+def _by_gain() -> list[tuple[int, int, int]]:
+    """Steps (moment, width, next width) by the fall of error per bit; on convex hulls that keeps a moment's in order."""
+    steps = []
+    for moment, errors in enumerate((MU_ERROR, NU_ERROR)):
+        for (width, error), (wider, less) in itertools.pairwise(errors.items()):
+            steps.append(((error - less) / (wider - width), moment, width, wider))
+    return [step[1:] for step in sorted(steps, key=lambda step: (-step[0], step[2]))]
 
 
 def _floor(tiles: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from stquant_jax.codecs import Lattice, Levels, decode_first, decode_second, encode_first, encode_second
+from stquant_jax.codecs import Hold, Lattice, Levels, decode_first, decode_second, encode_first, encode_second
 from stquant_jax.noise import Dither
 from stquant_jax.numerics import to_code, to_float
 from stquant_jax.rules import Adam, AdamScalars
@@ -30,15 +30,17 @@ def update_block(
     lat: Lattice,
     noise: Dither,
     turn: jax.Array,
+    hold: Hold,
 ) -> tuple[jax.Array, Codes]:
     """The update of a float32 block [..., 32, n] and its new codes."""
     row = to_float(old.nu_row)
-    second = decode_second(old.nu, old.nu_scale, row, valid, lat)
-    mu = decode_first(old.mu, old.mu_scale, second.sigma, lev)
+    second = decode_second(old.nu, old.nu_scale, row, valid, lat, hold)
+    mu = decode_first(old.mu, old.mu_scale, second.sigma, lev, hold)
     mu, nu = rule.accumulate(g, mu, second.v, scalars)
-    new = encode_second(nu, second, row, turn, valid, lat, noise.nu, noise.nu_coin)
-    mu_codes, mu_scale = encode_first(mu * new.inverse_root, valid, new.presence, lev, noise.mu, noise.mu_coin)
+    mu, nu = hold((mu, nu))
+    new = encode_second(nu, second, row, turn, valid, lat, noise.nu, noise.nu_coin, hold)
+    mu_codes, mu_scale = encode_first(hold(mu * new.inverse_root), valid, new.presence, lev, noise.mu, noise.mu_coin, hold)
     # One element that is not finite shows in its whole group, at once.
-    visible = 1.0 + 0.0 * new.presence
+    visible = hold(1.0 + 0.0 * new.presence)
     update = rule.direction(g, mu, new.v_used, scalars) * visible
     return update, Codes(to_code(mu_codes), to_code(new.codes), mu_scale, new.scale, to_code(new.row))

@@ -14,7 +14,7 @@ from jax import lax
 from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.backends.fused import Codes, update_block
-from stquant_jax.codecs import lattice, levels
+from stquant_jax.codecs import Hold, lattice, levels
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
 from stquant_jax.noise import dither
 from stquant_jax.places import Place
@@ -50,69 +50,74 @@ def step(
 ) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
     """One fused update of all quantized leaves: updates, arena, scales, rows."""
     leaves = layout.quantized
+    if not leaves:
+        return [], arena, mu_scale, nu_scale, nu_row
+    chunk = min(CHUNK, layout.tiles)  # a loop that never runs is traced all the same
     places = jax.tree.map(lambda *column: jnp.asarray(np.array(column, np.int32)), *map(Place.of, leaves))
     tiles, first = (jnp.asarray(np.array(x, np.int32)) for x in ([leaf.tiles for leaf in leaves], layout.first_tile))
     offsets = rows.offsets(widths, layout)
+    hold = holder(count > 0)
+    ragged = any(leaf.ragged for leaf in leaves)
 
     def update_chunk(size: int, leaf: jax.Array, tile: jax.Array, b: Buffers) -> Buffers:
-        slots = (2 * leaf, 2 * leaf + 1)
-        at, stride = first[leaf] + tile, tiles[leaf]
+        mu, nu = 2 * leaf, 2 * leaf + 1
+        spans = [rows.Span(offsets[slot] + tile, widths[slot], tiles[leaf]) for slot in (mu, nu)]
+        at = first[leaf] + tile
 
-        once = jnp.minimum(widths[slots[0]], 1)
-
-        def fetch(buffer, at, size):
-            """Rows [at, at + size) through a loop of one traced turn: a boundary that fusion cannot cross, so that the slice is
-            read once, before the buffer is written, and XLA has no reason to copy the buffer."""
-            take = lambda i, _: lax.dynamic_slice_in_dim(buffer, at + i, size)
-            return lax.fori_loop(0, once, take, jnp.zeros((size, *buffer.shape[1:]), buffer.dtype))
-
-        def read(slot):
-            return planes.unpack(rows.read_planes(b.arena, offsets[slot] + tile, widths[slot], stride, size))
-
+        # All that is read of the buffers is read here, before anything is written.
+        g, mu_planes, nu_planes, *scales, row = hold(
+            (
+                lax.dynamic_slice_in_dim(b.data, at, size),
+                *(rows.read_planes(b.arena, span, size) for span in spans),
+                lax.dynamic_slice_in_dim(b.mu_scale, at, size),
+                lax.dynamic_slice_in_dim(b.nu_scale, at, size),
+                lax.dynamic_slice_in_dim(b.nu_row, at * GROUP, size * GROUP),
+            )
+        )
         old = Codes(
-            *map(read, slots),
-            *(fetch(s, at, size)[:, None].astype(jnp.uint32) for s in (b.mu_scale, b.nu_scale)),
-            fetch(b.nu_row, at * GROUP, size * GROUP).reshape(size, GROUP, 1).astype(jnp.uint32),
+            planes.unpack(mu_planes),
+            planes.unpack(nu_planes),
+            *(scale[:, None].astype(jnp.uint32) for scale in scales),
+            row.reshape(size, GROUP, 1).astype(jnp.uint32),
         )
-        group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(tile, size)
+        group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(tile, size, ragged)
         noise = dither(storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None])
-        g = fetch(b.data, at, size)
-        update, new = update_block(
-            rule,
-            scalars,
-            g.astype(jnp.float32),
-            old,
-            valid,
-            levels(widths[slots[0]]),
-            lattice(widths[slots[1]], windows[slots[1]]),
-            noise,
-            count % GROUP,
-        )
-        arena = b.arena
-        for slot, codes in zip(slots, (new.mu, new.nu), strict=True):
-            arena = rows.write_planes(arena, planes.pack(codes), offsets[slot] + tile, widths[slot], stride)
+        lev, lat = levels(widths[mu]), lattice(widths[nu], windows[nu])
+        g = g.astype(jnp.float32)
+        update, new = update_block(rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, hold)
 
         def put(buffer, x, at):
             return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
 
         return Buffers(
             put(b.data, update, at),
-            arena,
+            rows.write_planes(b.arena, spans, [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]),
             put(b.mu_scale, new.mu_scale[:, 0], at),
             put(b.nu_scale, new.nu_scale[:, 0], at),
             put(b.nu_row, new.nu_row.reshape(-1), at * GROUP),
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
-        whole = tiles[leaf] // CHUNK
-        b = lax.fori_loop(0, whole, lambda i, b: update_chunk(CHUNK, leaf, i * CHUNK, b), b)
-        return lax.fori_loop(whole * CHUNK, tiles[leaf], lambda i, b: update_chunk(1, leaf, i, b), b)
+        whole = tiles[leaf] // chunk
+        b = lax.fori_loop(0, whole, lambda i, b: update_chunk(chunk, leaf, i * chunk, b), b)
+        return lax.fori_loop(whole * chunk, tiles[leaf], lambda i, b: update_chunk(1, leaf, i, b), b)
 
     dtype = jnp.result_type(*grads)
-    data = jnp.concatenate([to_tiles(g.astype(dtype), leaf) for g, leaf in zip(grads, leaves, strict=True)])
+    data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
+    for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
+        data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
     b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, arena, mu_scale, nu_scale, nu_row))
     updates = [
         from_tiles(b.data[first : first + leaf.tiles], leaf).astype(g.dtype)
         for g, leaf, first in zip(grads, leaves, layout.first_tile, strict=True)
     ]
     return updates, *b[1:]
+
+
+def holder(always: jax.Array) -> Hold:
+    """A function that keeps a value in memory: a branch that is always taken, though only at run time it is known to be.
+
+    XLA's fusion computes cheap values again for every use, here whole chains of them, and reads a slice of a buffer after the buffer
+    was written, for which it has to copy the buffer. It does neither across a conditional.
+    """
+    return lambda x: lax.cond(always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)

@@ -1,0 +1,13 @@
+"""Settings of all tests: reproducible examples, nothing read from an earlier run."""
+
+import hypothesis
+import jax
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,  # the first example of a shape compiles
+    derandomize=True,
+    max_examples=25,
+)
+hypothesis.settings.load_profile("suite")
+jax.config.update("jax_enable_compilation_cache", False)

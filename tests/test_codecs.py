@@ -1,0 +1,147 @@
+"""What a single encoding does: bounds of its error, and what is kept exactly or on average."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stquant_jax import codecs
+from tests import oracle
+
+MU_WIDTHS, NU_WIDTHS = range(2, 9), range(9)
+GROUPS = 64
+CENTER = 128  # the scale of a group whose outermost level is 1
+VALID = np.ones((1, 32, 1), np.float32)
+
+
+@jax.jit
+def encode_mu(e, width, dither, coin):
+    lev = codecs.levels(width)
+    return codecs.encode_first(e, VALID * jnp.ones_like(e), jnp.ones_like(coin), lev, dither, coin)
+
+
+@jax.jit
+def decode_mu(code, scale, width):
+    """With sigma = 1: what the codes say of e."""
+    return codecs.decode_first(code, scale, jnp.float32(1), codecs.levels(width))
+
+
+def mu_codes(e, width, seed=0):
+    """uint32 codes and scales of e [1, 32, groups], rounded with fresh random numbers."""
+    random = np.random.default_rng(seed)
+    dither = ((random.integers(0, 256, e.shape) + 0.5) / 256).astype(np.float32)
+    coin = random.random((1, 1, e.shape[-1]), np.float32)
+    code, scale = encode_mu(e.astype(np.float32), width, dither, coin)
+    return code.astype(jnp.uint32), scale
+
+
+def groups(kind, seed, octaves=0.0):
+    """float32[1, 32, groups] of a shape that training, or an adversary, would send."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((1, 32, GROUPS))
+    if kind == "heavy":
+        x = x * np.exp(2 * random.standard_normal(x.shape))
+    if kind == "sparse":
+        x = x * (random.random(x.shape) < 0.1)
+    if kind == "one":
+        x = x * (np.arange(32)[:, None] == random.integers(32, size=GROUPS))
+    if kind == "equal":
+        x = np.sign(x)
+    return (x * 2.0**octaves).astype(np.float32)
+
+
+KINDS = st.sampled_from(["gaussian", "heavy", "sparse", "one", "equal"])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("width", MU_WIDTHS)
+def test_mu_levels(width):
+    """Evenly spaced from -1 to 1, symmetric, increasing; by definition."""
+    want = oracle.mu_levels(width)
+    code = jnp.arange(len(want), dtype=jnp.uint32)[None, :, None]
+    got = np.asarray(decode_mu(code, jnp.full((1, 1, 1), CENTER, jnp.uint32), width)).ravel()
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert np.all(np.diff(got) > 0)
+    assert (0 in got) == (width >= 4)
+
+
+def test_mu_scales():
+    """Increasing over the whole byte, and by definition; 0 is a zero group, 255 is not finite."""
+    scale = jnp.arange(256, dtype=jnp.uint32)[None, None]
+    top = jnp.full((1, 1, 256), 14, jnp.uint32)
+    got = np.asarray(decode_mu(top, scale, 4), np.float64).ravel()
+    assert got[0] == 0 and np.isnan(got[-1])
+    assert np.all(np.diff(got[:-1]) > 0)
+    np.testing.assert_allclose(got[1:-1], 2.0 ** oracle.mu_octaves(np.arange(1, 255)), rtol=1e-5)
+
+
+@given(KINDS, SEEDS, st.sampled_from(MU_WIDTHS), st.floats(-8, 8))
+def test_mu_error_bound(kind, seed, width, octaves):
+    """Half a cell of the largest |e|, what clips the largest, and a step of the scale.
+
+    With b the bound of a cell and c the scale that fits cells to the largest, ||c level - e|| <= b
+    sqrt(32). The scale that keeps the length is off c by no more than that again, since it makes
+    ||s level|| = ||e||, and its rounding adds a step of the byte.
+    """
+    e = groups(kind, seed, octaves)
+    e[..., 0, :] += 2.0**octaves * (np.abs(e).max(-2) == 0)  # a group of zeros has a test of its own
+    code, scale = mu_codes(e, width, seed)
+    largest = np.abs(e).max(-2, keepdims=True)
+    reach = oracle.REACH[width]
+    cells = 2 ** (width - 1) if width < 4 else 2 ** (width - 1) - 1  # on either side of zero
+    level = np.asarray(decode_mu(code, jnp.full_like(scale, CENTER), width))
+    half = reach / cells / 2
+    spread = reach * (1 - half / reach if width < 4 else 1)  # of the outermost level
+    off = np.abs(spread * level - e / largest)
+    near = np.abs(e / largest) < half  # here 2 and 3 bits choose at random
+    bound = np.where(near & (width < 4), 2 * half, half + (1 - reach)) + 1e-5
+    assert np.all(off <= bound)
+
+    norm = lambda x: np.sqrt(np.sum(np.square(x, dtype=np.float64), -2))
+    step = 2 ** (1 / (24 if np.all(np.abs(oracle.mu_octaves(scale)) < 3.5) else 5)) - 1
+    error = norm(np.asarray(decode_mu(code, scale, width)) - e)
+    assert np.all(error <= 2 * norm(bound * largest * np.ones_like(e)) + step * norm(e) * 1.01)
+
+
+@pytest.mark.parametrize("width", MU_WIDTHS)
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "sparse"])
+@pytest.mark.parametrize("octaves", [-9, -5, 0, 3, 9])
+def test_mu_keeps_the_length(width, kind, octaves):
+    """Decoded, a group is as long as it was, on average over the coin, in every part of the byte."""
+    e = groups(kind, 1, octaves)
+    e = e / np.maximum(np.sqrt(np.sum(e * e, -2, keepdims=True)), 1e-30) * 2.0**octaves
+    coins = (np.arange(512, dtype=np.float32) + 0.5) / 512
+    dither = np.full(e.shape, 0.3, np.float32)
+    rounded = [encode_mu(e, width, dither, np.full((1, 1, GROUPS), c, np.float32)) for c in coins[::8]]
+    lengths = [
+        np.sum(np.square(decode_mu(code.astype(jnp.uint32), scale, width)), -2)
+        for code, scale in rounded
+    ]
+    true = np.sum(e * e, -2)
+    np.testing.assert_allclose(np.mean(lengths, 0)[true > 0], true[true > 0], rtol=0.005)
+    assert np.all(np.stack(lengths)[:, true == 0] == 0)
+
+
+@given(KINDS, SEEDS, st.sampled_from(MU_WIDTHS))
+def test_mu_zero(kind, seed, width):
+    """Exact from 4 bits on. Below, a zero goes either way, and both ways alike."""
+    e = groups(kind, seed) * (np.arange(32)[:, None] % 3 > 0)
+    zero = np.broadcast_to(e == 0, e.shape)
+    if width >= 4:
+        code, scale = mu_codes(e, width, seed)
+        assert np.all(np.asarray(decode_mu(code, scale, width))[zero] == 0)
+        return
+    total = 0
+    for k in range(256):
+        dither = np.full(e.shape, (k + 0.5) / 256, np.float32)
+        code, _ = encode_mu(e, width, dither, np.zeros((1, 1, GROUPS), np.float32))
+        total += np.asarray(decode_mu(code.astype(jnp.uint32), jnp.full((1, 1, GROUPS), CENTER), width))
+    assert np.all(np.abs(total[zero]) < 1e-3)
+
+
+@pytest.mark.parametrize("width", MU_WIDTHS)
+def test_mu_zero_group(width):
+    code, scale = mu_codes(np.zeros((1, 32, GROUPS)), width)
+    assert not np.any(scale) and not np.any(decode_mu(code, scale, width))
