@@ -1,8 +1,10 @@
-"""The arena: planes of all slots in one uint32[rows, 128], and the plan that says where each slot lies.
+"""The arena: planes of all slots in one uint32[rows, 128], and the plan that says where each slot
+lies.
 
-A slot is (leaf, moment); slots are ordered leaf by leaf, mu before nu. A slot of T tiles and width b owns b * T consecutive rows,
-plane-major: plane p of tile t is row ``offset + p * T + t``. Offsets are the cumulative sum of width x tiles and are stored
-nowhere. XLA wants static shapes, so the number of rows is fixed by the budget and widths move inside it.
+A slot is (leaf, moment); slots are ordered leaf by leaf, mu before nu. A slot of T tiles and width
+b owns b * T consecutive rows, plane-major: plane p of tile t is row ``offset + p * T + t``. Offsets
+are the cumulative sum of width x tiles and are stored nowhere. XLA wants static shapes, so the
+number of rows is fixed by the budget and widths move inside it.
 """
 
 from collections.abc import Sequence
@@ -44,7 +46,11 @@ def schedule_bytes(layout: Layout) -> int:
 
 def fixed_bytes(layout: Layout) -> int:
     """Bytes of the state beside the arena: scales, exact leaves, schedule."""
-    return layout.tiles * TILE_SCALE_BYTES + layout.exact_size * 4 * len(MOMENTS) + schedule_bytes(layout)
+    return (
+        layout.tiles * TILE_SCALE_BYTES
+        + layout.exact_size * 4 * len(MOMENTS)
+        + schedule_bytes(layout)
+    )
 
 
 def reference_bytes(layout: Layout) -> int:
@@ -72,15 +78,19 @@ def read_planes(arena: jax.Array, span: Span, tiles: int) -> jax.Array:
 
 
 def write_planes(arena: jax.Array, spans: Sequence[Span], planes: Sequence[jax.Array]) -> jax.Array:
-    """Write each span's planes uint32[8, tiles, 128] up to its width, where `read_planes` reads them.
+    """Write each span's planes uint32[8, tiles, 128] up to its width, where `read_planes` reads
+    them.
 
-    Widths are traced but the writes are not counted by them: one that has nothing to store repeats the very first, which
-    is why the first span must have a width of at least 1. That is faster than a loop and stays in place.
+    Widths are traced but the writes are not counted by them: one that has nothing to store repeats
+    the very first, which is why the first span must have a width of at least 1. That is faster than
+    a loop and stays in place.
     """
     home, home_words = spans[0].first, planes[0][0]
     for span, words in zip(spans, planes, strict=True):
         for p in range(PLANES):
             stored = p < span.width
             row = jnp.where(stored, span.first + p * span.stride, home)
-            arena = lax.dynamic_update_slice(arena, jnp.where(stored, words[p], home_words), (row, 0))
+            arena = lax.dynamic_update_slice(
+                arena, jnp.where(stored, words[p], home_words), (row, 0)
+            )
     return arena

@@ -1,4 +1,4 @@
-"""Checks at the public border: every message names the argument, what it got and what is accepted."""
+"""Checks at the public border: messages name the argument, what it got and what is accepted."""
 
 from typing import Any
 
@@ -13,22 +13,29 @@ _MAX_RATIO = 2.0**8
 
 
 def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
-    """Raise ValueError on a hyperparameter out of range, as far as its value is known when tracing."""
+    """Raise ValueError on a hyperparameter out of range, if its value is known when tracing."""
     for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)):
         dtype = getattr(value, "dtype", None)
         if dtype is not None and jnp.finfo(jnp.promote_types(dtype, jnp.bfloat16)).bits < 32:
             raise ValueError(
-                f"{name} arrived as {jnp.dtype(dtype).name}, in which 0.999 rounds to 1: expected float32 or a Python "
-                "number; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
+                f"{name} arrived as {jnp.dtype(dtype).name}, in which 0.999 rounds to 1: expected "
+                "float32 or a Python number; with optax.inject_hyperparams pass "
+                "hyperparam_dtype=jnp.float32"
             )
         if getattr(value, "shape", ()) != ():
             raise ValueError(f"{name} has shape {value.shape}: expected a scalar")
-    known = {k: float(v) for k, v in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)) if _is_known(v)}
+    known = {
+        k: float(v)
+        for k, v in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root))
+        if _is_known(v)
+    }
     for name in ("b1", "b2"):
         if name in known and not 0 <= known[name] < 1:
             raise ValueError(f"{name}={known[name]}: expected 0 <= {name} < 1")
         if name in known and np.float32(known[name]) == 1:
-            raise ValueError(f"{name}={known[name]} rounds to 1 in float32: expected a decay below 1")
+            raise ValueError(
+                f"{name}={known[name]} rounds to 1 in float32: expected a decay below 1"
+            )
     for name in ("eps", "eps_root"):
         if name in known and not (0 <= known[name] < np.inf):
             raise ValueError(f"{name}={known[name]}: expected a finite number of at least 0")
@@ -36,13 +43,13 @@ def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
         b1, b2 = known["b1"], known["b2"]
         if b1 > 0 and b1 * b1 >= b2:
             raise ValueError(
-                f"b1={b1} with b2={b2}: expected b1**2 < b2, or the first moment outlives the root of the second, by which its codes are "
-                "measured"
+                f"b1={b1} with b2={b2}: expected b1**2 < b2, or the first moment outlives the root "
+                "of the second, by which its codes are measured"
             )
         if (1 - b1) / (1 - b2) ** 0.5 > _MAX_RATIO:
             raise ValueError(
-                f"b1={b1} with b2={b2}: expected (1 - b1) / sqrt(1 - b2) of at most {_MAX_RATIO:g}, the largest ratio of moments that the "
-                "first moment's scale can hold at the first step"
+                f"b1={b1} with b2={b2}: expected (1 - b1) / sqrt(1 - b2) of at most "
+                f"{_MAX_RATIO:g}, the largest ratio of moments that the first moment's scale can hold at step 1"
             )
 
 
@@ -53,7 +60,10 @@ def _is_known(value: Any) -> bool:
 def check_precision(precision: Any, storage: Any) -> None:
     """Raise ValueError unless both are of the library's kinds."""
     if not (hasattr(precision, "rows") and hasattr(precision, "first_plan")):
-        raise ValueError(f"precision={precision!r}: expected a policy such as stquant.Budget(5.0) or stquant.Fixed(mu=5, nu=4)")
+        raise ValueError(
+            f"precision={precision!r}: expected a policy such as stquant.Budget(5.0) or "
+            "stquant.Fixed(mu=5, nu=4)"
+        )
     if not isinstance(storage, Storage):
         raise ValueError(f"storage={storage!r}: expected a stquant.Storage")
 
@@ -62,11 +72,14 @@ def check_state(state: Any, layout: Layout) -> None:
     """Raise ValueError if a state was built for other parameters or another storage."""
     fields = ("count", "arena", "mu_scale", "nu_scale", "exact", "precision")
     if not all(hasattr(state, field) for field in fields):
-        raise ValueError(f"state is {type(state).__name__}: expected the ScaleByAdamQState that init returned")
+        raise ValueError(
+            f"state is {type(state).__name__}: expected the ScaleByAdamQState that init returned"
+        )
     got = (state.mu_scale.shape[0], state.exact.shape[1], state.precision.widths.shape[0])
     want = (layout.tiles, layout.exact_size, 2 * len(layout.quantized))
     if got != want:
         raise ValueError(
-            f"the state holds {got[0]} tiles, {got[1]} exact elements and {got[2]} slots, but these gradients need {want[0]}, {want[1]} and "
-            f"{want[2]}: expected gradients of the tree and shapes given to init, and the same storage"
+            f"the state holds {got[0]} tiles, {got[1]} exact elements and {got[2]} slots, but "
+            f"these gradients need {want[0]}, {want[1]} and {want[2]}: expected gradients of the "
+            "tree and shapes given to init, and the same storage"
         )

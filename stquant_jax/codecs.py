@@ -1,24 +1,30 @@
 """Energy-preserving codecs for the moments of an optimizer, in groups of 32 elements.
 
-What a group's moments do to the update is decided by its energy and by how that energy is split among its elements.
-The energy is kept exactly (up to a fine scale), only the split is quantized.
+What a group's moments do to the update is decided by its energy and by how that energy is split
+among its elements. The energy is kept exactly (up to a fine scale), only the split is quantized.
 
 Second moment, kept as sigma = sqrt(v), on a lattice in log2:
 
-    log2 sigma_ij = base_j - row_i / 32 - delta * n_ij,    n_ij in 0..2**width - 1,    delta = window / 2**width octaves
+    log2 sigma_ij = base_j - row_i / 32 - delta * n_ij,    n_ij in 0..2**width - 1,    delta =
+    window / 2**width octaves
 
-for element i of group j. ``base`` is the group's two-byte scale; ``row`` is a byte that the 128 groups of a tile share, since elements
-at one place of neighbouring groups (one input feature, say) are large or small together. It leaves a narrow window to the codes,
-and at width 0, where there are none, it is what tells a group's elements apart. With b2 = 0.999 an element drifts by a thousandth of an octave a step. Rounded to the nearest it would never move, and rounded
-at random off the lattice it would be a random walk; here stored values stay on a lattice that moves with the group's common
-growth, and an element takes a step with the small probability that its own drift asks for. The error is proportional to delta.
+for element i of group j. ``base`` is the group's two-byte scale; ``row`` is a byte that the 128
+groups of a tile share, since elements at one place of neighbouring groups (one input feature, say)
+are large or small together. It leaves a narrow window to the codes, and at width 0, where there are
+none, it is what tells a group's elements apart. With b2 = 0.999 an element drifts by a thousandth
+of an octave a step. Rounded to the nearest it would never move, and rounded at random off the
+lattice it would be a random walk; here stored values stay on a lattice that moves with the group's
+common growth, and an element takes a step with the small probability that its own drift asks for.
+The error is proportional to delta.
 
-First moment, relative to the quantized root of the second, e = m / sigma_q, on uniform levels up to the largest |e|:
-at four bits and more with an exact zero, at two and three bits between the levels, where zero is kept on average. Its one-byte
-scale makes the decoded group as long as the true one: the length never grows on average, so the loop is stable for every b1 < 1.
+First moment, relative to the quantized root of the second, e = m / sigma_q, on uniform levels up to
+the largest |e|: at four bits and more with an exact zero, at two and three bits on either side of
+zero, which is kept on average. Its one-byte scale makes the decoded group as long as the true one:
+the length never grows on average, so the loop is stable for every b1 < 1.
 
-All functions work on float32 blocks [..., 32, n], the group along axis -2; values per group have shape [..., 1, n].
-Widths are traced scalars. Scale codes: 0 is a group of zeros, the top code a group that is not finite (it decodes to NaN).
+All functions work on float32 blocks [..., 32, n], the group along axis -2; values per group have
+shape [..., 1, n]. Widths are traced scalars. Scale codes: 0 is a group of zeros, the top code a
+group that is not finite (it decodes to NaN).
 """
 
 from collections.abc import Callable
@@ -30,7 +36,6 @@ import jax.numpy as jnp
 from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
 from stquant_jax.planes import GROUP
 
-
 MU_WIDTHS = (2, 8)
 NU_WIDTHS = (0, 8)
 WINDOWS = (1, 2, 3, 4, 6, 8)
@@ -40,8 +45,9 @@ BASE_PER_OCTAVE = 512
 BASE_LOWEST = -63.0
 BASE_NOT_FINITE = 2**16 - 1
 
-# First moment: log2 of the largest level, one byte. Fine where training lives (the largest |e| of a group is near 1/2, and up to
-# 1 / sqrt(1 - b2**t) more while nu is young), coarse where mu fades away under an old nu or outruns it.
+# First moment: log2 of the largest level, one byte. Fine where training lives (the largest |e| of a
+# group is near 1/2, and up to 1 / sqrt(1 - b2**t) more while nu is young), coarse where mu fades
+# away under an old nu or outruns it.
 MU_CENTER = 0.0
 MU_FINE_PER_OCTAVE = 24
 MU_COARSE_PER_OCTAVE = 5
@@ -54,8 +60,9 @@ ROW_LAST = 2**8 - 1
 _ROW_MOST = 8.0  # steps a row may move at once
 _ROW_GAIN = 0.25  # of a row's distance from its tile that it makes up at once
 
-# How far an element's root is pulled to what its group and row predict in the update (never in the store): lattice noise over lattice noise
-# plus true spread (James and Stein), measured in the closed loop. By width, 0..8.
+# How far an element's root is pulled to what its group and row predict in the update (never in the
+# store): lattice noise over lattice noise plus true spread (James and Stein), measured in the
+# closed loop. By width, 0..8.
 SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
 # The window that served best in the closed loop, by width.
 DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
@@ -106,13 +113,13 @@ def levels(width: jax.Array) -> Levels:
 
 
 def _keep(x: Any) -> Any:
-    """The default of ``hold``: a backend may pass a function that keeps values in memory, where its compiler would rather compute
-    them again for every use, those of a group for every element."""
+    """The default of ``hold``: a backend may pass a function that keeps values in memory, where its
+    compiler would rather compute them again for every use, those of a group for every element."""
     return x
 
 
 def _by_halves(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Reduce the group axis by halves: a fixed order, so that every backend and block size gets the same bits."""
+    """Reduce the group axis by halves: in a fixed order, the same bits everywhere."""
     while (n := x.shape[-2]) > 1:
         x = combine(x[..., : n // 2, :], x[..., n // 2 :, :])
     return x
@@ -127,7 +134,7 @@ def group_max(x: jax.Array) -> jax.Array:
 
 
 def _presence(scale: jax.Array, not_finite: int) -> jax.Array:
-    """0 for a group of zeros, NaN for one that is not finite, else 1: a factor of all that is decoded."""
+    """0 for a group of zeros, NaN for one that is not finite, else 1: a factor of its values."""
     return jnp.where(scale == 0, 0.0, jnp.where(scale == not_finite, jnp.nan, 1.0))
 
 
@@ -143,16 +150,26 @@ class Second(NamedTuple):
 
 
 def decode_second(
-    codes: jax.Array, scale: jax.Array, row: jax.Array, valid: jax.Array, lat: Lattice, hold: Hold = _keep
+    codes: jax.Array,
+    scale: jax.Array,
+    row: jax.Array,
+    valid: jax.Array,
+    lat: Lattice,
+    hold: Hold = _keep,
 ) -> Second:
-    """Second moment from codes uint32[..., 32, n], two-byte scales uint32[..., 1, n] and rows float32[..., 32, 1].
+    """Second moment from codes uint32[..., 32, n], two-byte scales uint32[..., 1, n] and rows
+    float32[..., 32, 1].
 
     ``valid`` is 1 for elements and 0 for padding, which has no energy.
     """
     dead = scale == 0
     base = BASE_LOWEST + (to_float(scale) - 1.0) * (1 / BASE_PER_OCTAVE)
-    base, presence, row = hold((base, _presence(scale, BASE_NOT_FINITE), row * (1 / ROW_PER_OCTAVE)))
-    log_root = jnp.where(dead, 0.0, jnp.maximum(base - row - lat.delta * to_float(codes), BASE_LOWEST))
+    base, presence, row = hold(
+        (base, _presence(scale, BASE_NOT_FINITE), row * (1 / ROW_PER_OCTAVE))
+    )
+    log_root = jnp.where(
+        dead, 0.0, jnp.maximum(base - row - lat.delta * to_float(codes), BASE_LOWEST)
+    )
     root = hold(exp2(log_root))
     sigma = root * presence * valid
     return Second(sigma * sigma, sigma, log_root, root, jnp.where(dead, 0.0, to_float(codes)), dead)
@@ -164,7 +181,9 @@ class SecondCode(NamedTuple):
     codes: jax.Array  # float, whole
     scale: jax.Array  # uint32
     row: jax.Array  # [..., 32, 1] float, whole
-    v_used: jax.Array  # what the update divides by the root of: v shrunk to what group and row predict
+    v_used: (
+        jax.Array
+    )  # what the update divides by the root of: v shrunk to what group and row predict
     inverse_root: jax.Array  # 1 / sigma as decoded from the new codes
     presence: jax.Array  # [..., 1, n]: 0, 1 or NaN
 
@@ -201,15 +220,17 @@ def encode_second(
     log_mean = log2(jnp.clip(energy / count, TINY, 2.0**127))
     growth, log_mean, presence = hold((growth, log_mean, presence))
     drift = hold(0.5 * log2(jnp.maximum(v / (old.root * old.root), TINY)))
-    moved = _move_row(old, drift - growth, row, turn, jnp.where(presence == 1.0, valid, 0.0), lat, dither)
+    moved = _move_row(
+        old, drift - growth, row, turn, jnp.where(presence == 1.0, valid, 0.0), lat, dither
+    )
+    lowest = -group_max(jnp.where(valid[..., :1] > 0, -moved, -float(ROW_LAST)))
+    moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
     moved, lifted = hold((moved, (moved - row) * (1 / ROW_PER_OCTAVE)))
     down = jnp.where(old.dead, moved * (1 / ROW_PER_OCTAVE), lifted)
     codes = hold(old.codes - jnp.floor((drift - growth + down) * (1.0 / lat.delta) + dither))
     highest = group_max(-codes)
-    lowest = -group_max(jnp.where(valid[..., :1] > 0, -moved, -float(ROW_LAST)))
-    row = jnp.clip(moved - lowest, 0.0, ROW_LAST)
-    depth = row * (1 / ROW_PER_OCTAVE)
-    highest, row, depth = hold((highest, row, depth))
+    row = moved - lowest
+    highest, row, depth = hold((highest, row, row * (1 / ROW_PER_OCTAVE)))
     codes = jnp.minimum(codes + highest, lat.last)
 
     # The base that gives the decoded group the energy of the true one.
@@ -228,7 +249,9 @@ def encode_second(
     log_used = log_v + lat.shrinkage * ((log_mean + log_share) - log_v)
     return SecondCode(
         codes=codes,
-        scale=jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE).astype(jnp.uint32),
+        scale=jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE).astype(
+            jnp.uint32
+        ),
         row=row,
         v_used=exp2(jnp.clip(log_used, -126.0, 127.0)),
         inverse_root=inverse / relative,
@@ -237,15 +260,26 @@ def encode_second(
 
 
 def _move_row(
-    old: Second, own: jax.Array, row: jax.Array, turn: jax.Array, weight: jax.Array, lat: Lattice, dither: jax.Array
+    old: Second,
+    own: jax.Array,
+    row: jax.Array,
+    turn: jax.Array,
+    weight: jax.Array,
+    lat: Lattice,
+    dither: jax.Array,
 ) -> jax.Array:
     """Let one row of each tile follow its elements; in 32 steps every row has its turn.
 
-    With codes, the row makes up part of the distance of its mean code from its tile's. Without, it takes the drift of its
-    elements, on average and 32 times over.
+    With codes, the row makes up part of the distance of its mean code from its tile's. Without, it
+    takes the drift of its elements, on average and 32 times over.
     """
-    one = lambda x: jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(x, own.shape), turn, 1, axis=-2)
-    lane_sum = lambda x: jnp.sum(x, axis=-1, keepdims=True)
+
+    def one(x):
+        return jax.lax.dynamic_slice_in_dim(jnp.broadcast_to(x, own.shape), turn, 1, axis=-2)
+
+    def lane_sum(x):
+        return jnp.sum(x, axis=-1, keepdims=True)
+
     living = lane_sum(one(weight))
     here = jnp.maximum(living, 1.0)
     far = lane_sum(one(weight * old.codes)) / here
@@ -260,7 +294,7 @@ def _move_row(
 def decode_first(
     codes: jax.Array, scale: jax.Array, sigma: jax.Array, lev: Levels, hold: Hold = _keep
 ) -> jax.Array:
-    """First moment from codes uint32[..., 32, n], one-byte scales int32[..., 1, n] and the second's root."""
+    """First moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and the other's root."""
     n = to_float(scale) - MU_ZERO_CODE
     fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
     octaves = jnp.minimum(jnp.abs(n), fine) / MU_FINE_PER_OCTAVE
@@ -284,8 +318,8 @@ def encode_first(
     """
     largest = group_max(jnp.abs(e))
     z = e * hold(lev.gain / jnp.maximum(largest, TINY))
-    # Between the two levels next to zero the choice is random, so that zero stays zero on average: a parameter
-    # without gradient in a living group must not drift.
+    # Between the two levels next to zero the choice is random, so that zero stays zero on average:
+    # a parameter without gradient in a living group must not drift.
     jitter = jnp.where(jnp.abs(z) < 0.5, dither - 0.5, 0.0)
     q = hold(jnp.clip(jnp.floor(z + jnp.where(lev.between > 0, jitter, 0.5)), lev.low, lev.high))
     level = (q + lev.between) * lev.unit
@@ -298,17 +332,16 @@ def encode_first(
 
 
 def _round_first_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:
-    """Stochastic rounding of a first moment's scale, unbiased in its square: the length stays the same on average."""
+    """Stochastic rounding of a first moment's scale, unbiased in its square: the length is kept."""
     away = jnp.abs(log_scale - MU_CENTER)
     fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
     n = jnp.minimum(away * MU_FINE_PER_OCTAVE, fine + (away - MU_FINE_REACH) * MU_COARSE_PER_OCTAVE)
     n = jnp.where(log_scale < MU_CENTER, -n, n)
     below = jnp.floor(n)
-    # From the step below (4**0) to the step above (4**h), 4**(h f) is reached with this probability.
+    # From the step below (4**0) to the step above (4**h), 4**(h f) is reached with this
+    # probability.
     edge = jnp.where(below < 0, below + 1.0, below)  # the step's end nearer to the center
     twice = jnp.where(jnp.abs(edge) < fine, 2 / MU_FINE_PER_OCTAVE, 2 / MU_COARSE_PER_OCTAVE)
     chance = (exp2(twice * (n - below)) - 1.0) / (exp2(twice) - 1.0)
     code = below + MU_ZERO_CODE + jnp.where(coin < chance, 1.0, 0.0)
     return jnp.clip(code, 0, MU_NOT_FINITE - 1)
-
-

@@ -17,7 +17,11 @@ from stquant_jax.planes import GROUP
 from stquant_jax.transform import ScaleByAdamQState
 
 
-def to_optax(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()) -> optax.ScaleByAdamState:  # noqa: B008
+def to_optax(
+    state: ScaleByAdamQState,
+    params: Any,
+    storage: Storage = Storage(),  # noqa: B008
+) -> optax.ScaleByAdamState:
     """The moments as float32 trees like ``params``, in the state that `optax.scale_by_adam` uses.
 
     Args:
@@ -47,18 +51,30 @@ def to_optax(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()
     return optax.ScaleByAdamState(state.count, mu, nu)
 
 
-def _decode(state: ScaleByAdamQState, offsets: jax.Array, index: int, leaf: Leaf, first: int) -> tuple[jax.Array, jax.Array]:
+def _decode(
+    state: ScaleByAdamQState, offsets: jax.Array, index: int, leaf: Leaf, first: int
+) -> tuple[jax.Array, jax.Array]:
     mu_slot, nu_slot = 2 * index, 2 * index + 1
     widths, windows = state.precision
 
     def codes(slot):
-        return planes.unpack(rows.read_planes(state.arena, rows.Span(offsets[slot], widths[slot], jnp.int32(leaf.tiles)), leaf.tiles))
+        return planes.unpack(
+            rows.read_planes(
+                state.arena,
+                rows.Span(offsets[slot], widths[slot], jnp.int32(leaf.tiles)),
+                leaf.tiles,
+            )
+        )
 
     def scale(scales):
         return scales[first : first + leaf.tiles, None].astype(jnp.uint32)
 
     _, valid = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles, leaf.ragged)
-    row = state.nu_row[GROUP * first : GROUP * (first + leaf.tiles)].reshape(leaf.tiles, GROUP, 1).astype(jnp.float32)
+    row = (
+        state.nu_row[GROUP * first : GROUP * (first + leaf.tiles)]
+        .reshape(leaf.tiles, GROUP, 1)
+        .astype(jnp.float32)
+    )
     lat = lattice(widths[nu_slot], windows[nu_slot])
     second = decode_second(codes(nu_slot), scale(state.nu_scale), row, valid, lat)
     mu = decode_first(codes(mu_slot), scale(state.mu_scale), second.sigma, levels(widths[mu_slot]))

@@ -14,6 +14,7 @@ from stquant_jax.layout import Layout, Storage, layout_of
 from stquant_jax.precision import Budget, Policy
 from stquant_jax.transform import ScaleByAdamQState
 
+
 @dataclass(frozen=True)
 class LeafReport:
     """One leaf's part of the state."""
@@ -34,7 +35,8 @@ class LeafReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All leaves of a state, and the bytes that belong to none. Prints as a table; `markdown` renders one.
+    """All leaves of a state, and the bytes that belong to none. Prints as a table; `markdown`
+    renders one.
 
     Attributes:
       leaves: one entry per leaf, in tree order; nothing stays unquantized without being named here.
@@ -65,7 +67,10 @@ class Report:
                 leaf.path,
                 "x".join(map(str, leaf.shape)) or "scalar",
                 leaf.kind,
-                *("f32" if leaf.kind == "exact" else str(w) for w in (leaf.mu_width, leaf.nu_width)),
+                *(
+                    "f32" if leaf.kind == "exact" else str(w)
+                    for w in (leaf.mu_width, leaf.nu_width)
+                ),
                 f"{leaf.bytes:,}",
                 f"{leaf.bits:.2f}",
                 leaf.reason,
@@ -73,15 +78,35 @@ class Report:
             for leaf in self.leaves
         ]
         tail = [
-            ("(schedule)", "", "", "", "", f"{self.schedule_bytes:,}", "", "count, widths, windows"),
-            ("(free)", "", "", "", "", f"{self.free_bytes:,}", "", "rows of the arena that no slot uses"),
+            (
+                "(schedule)",
+                "",
+                "",
+                "",
+                "",
+                f"{self.schedule_bytes:,}",
+                "",
+                "count, widths, windows",
+            ),
+            (
+                "(free)",
+                "",
+                "",
+                "",
+                "",
+                f"{self.free_bytes:,}",
+                "",
+                "rows of the arena that no slot uses",
+            ),
             ("total", "", "", "", "", f"{self.total_bytes:,}", f"{self.bits:.3f}", self._summary()),
         ]
         return body + tail
 
     def _summary(self) -> str:
         ratio = self.total_bytes / self.reference_bytes
-        return f"{ratio:.1%} of float32 Adam's {self.reference_bytes:,} bytes; backend {self.backend}"
+        return (
+            f"{ratio:.1%} of float32 Adam's {self.reference_bytes:,} bytes; backend {self.backend}"
+        )
 
     _HEADER = ("leaf", "shape", "format", "mu", "nu", "bytes", "bits/element", "why")
 
@@ -101,7 +126,8 @@ class Report:
 
 
 def plan(params: Any, precision: Policy = Budget(5.0), storage: Storage = Storage()) -> Report:  # noqa: B008
-    """What the state of these parameters will hold: bytes per leaf, and why each leaf got its format.
+    """What the state of these parameters will hold: bytes per leaf, and why each leaf got its
+    format.
 
     Args:
       params: arrays or ShapeDtypeStructs; nothing is allocated on a device.
@@ -135,15 +161,23 @@ def report(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()) 
     if isinstance(state.precision.widths, jax.core.Tracer):
         raise ValueError("state is traced: expected concrete arrays; call report outside jit")
     schedule = sum(x.nbytes for x in jax.tree.leaves((state.count, state.precision)))
-    return _report(layout, np.asarray(state.precision.widths), state.arena.shape[0], schedule, storage)
+    return _report(
+        layout, np.asarray(state.precision.widths), state.arena.shape[0], schedule, storage
+    )
 
 
-def _report(layout: Layout, widths: np.ndarray, capacity: int, schedule_bytes: int, storage: Storage) -> Report:
+def _report(
+    layout: Layout, widths: np.ndarray, capacity: int, schedule_bytes: int, storage: Storage
+) -> Report:
     pairs = iter(widths.reshape(-1, 2).tolist())
     leaves = []
     for leaf in layout.leaves:
         mu, nu = next(pairs) if leaf.tiles else (32, 32)
-        size = leaf.tiles * (rows.TILE_SCALE_BYTES + rows.ROW_BYTES * (mu + nu)) if leaf.tiles else 8 * leaf.size
+        size = (
+            leaf.tiles * (rows.TILE_SCALE_BYTES + rows.ROW_BYTES * (mu + nu))
+            if leaf.tiles
+            else 8 * leaf.size
+        )
         leaves.append(LeafReport(leaf.path, leaf.shape, leaf.kind, leaf.reason, mu, nu, size))
     used = int(np.sum(widths * rows.slot_tiles(layout)))
     return Report(

@@ -1,10 +1,11 @@
 """Geometry: how a leaf becomes tiles of 32 x 128 elements, and where its tiles lie.
 
-A leaf is seen as a matrix [rows, columns], leading axes folded into the rows. Groups run along the shorter of the two axes (ties: along
-the rows), lanes along the longer: token and vocabulary axes never fall inside a group, and a sharding that cuts an axis in
-multiples of the tile leaves every group whole. Where padding would waste more than 1/8, the bands of 32 are folded: laid side by
-side along the lanes, so that only the end is padded. Where the group axis does not divide into groups, the flat view is used:
-32 consecutive elements a group. Small leaves stay exact float32.
+A leaf is seen as a matrix [rows, columns], leading axes folded into the rows. Groups run along the
+shorter of the two axes (ties: along the rows), lanes along the longer: token and vocabulary axes
+never fall inside a group, and a sharding that cuts an axis in multiples of the tile leaves every
+group whole. Where padding would waste more than 1/8, the bands of 32 are folded: laid side by side
+along the lanes, so that only the end is padded. Where the group axis does not divide into groups,
+the flat view is used: 32 consecutive elements a group. Small leaves stay exact float32.
 
 All of it is static, computed from shapes at trace time; the state holds arrays only.
 """
@@ -31,7 +32,8 @@ class Storage:
 
     Attributes:
       min_size: leaves of fewer elements (by their global shape) stay exact float32.
-      row_alignment: rows of the arena that belong together; 1, or 8 where a TPU kernel copies planes.
+      row_alignment: rows of the arena that belong together; 1, or 8 where a TPU kernel copies
+        planes.
       backend: "xla", or None for the best one that can run here.
       seed: of the stochastic rounding; the same seed gives the same bits.
     """
@@ -45,12 +47,15 @@ class Storage:
         for name, lowest in (("min_size", 0), ("row_alignment", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"Storage({name}={value!r}): expected an integer of at least {lowest}")
+                raise ValueError(
+                    f"Storage({name}={value!r}): expected an integer of at least {lowest}"
+                )
         if self.seed >= 2**32:
             raise ValueError(f"Storage(seed={self.seed}): expected an integer below 2**32")
         if self.backend not in (None, "xla", "pallas_tpu", "pallas_gpu"):
             raise ValueError(
-                f"Storage(backend={self.backend!r}): expected None, 'xla', 'pallas_tpu' or 'pallas_gpu'"
+                f"Storage(backend={self.backend!r}): expected None, 'xla', 'pallas_tpu' or "
+                "'pallas_gpu'"
             )
 
 
@@ -58,7 +63,8 @@ class Storage:
 class Leaf:
     """One parameter array: its format, why, and its tiles.
 
-    A tile is (band, lane tile): ``band`` counts groups of 32 along the group axis, lane tiles run fastest.
+    A tile is (band, lane tile): ``band`` counts groups of 32 along the group axis, lane tiles run
+    fastest.
     """
 
     path: str
@@ -67,7 +73,7 @@ class Leaf:
     kind: str  # "tiled", "folded", "flat" or "exact"
     reason: str
     groups_along: int = 0  # elements along the group axis, unpadded
-    lanes_along: int = 0  # groups side by side, unpadded: the lane axis, or all of the leaf's groups where folded or flat
+    lanes_along: int = 0  # groups side by side, unpadded; folded or flat, all of the leaf's groups
     transposed: bool = False  # the group axis is the last one
     tiles: int = 0  # alignment included
 
@@ -142,11 +148,14 @@ def layout_of(tree: Any, storage: Storage) -> Layout:
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "(root)"
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise ValueError(f"leaf {name!r} is {type(x).__name__}: expected an array or ShapeDtypeStruct")
+            raise ValueError(
+                f"leaf {name!r} is {type(x).__name__}: expected an array or ShapeDtypeStruct"
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"leaf {name!r} has dtype {jnp.dtype(x.dtype).name}: expected a real floating-point dtype; mask it out with "
-                "optax.masked or split complex parameters into real and imaginary parts"
+                f"leaf {name!r} has dtype {jnp.dtype(x.dtype).name}: expected a real floating "
+                "dtype; mask it out with optax.masked, or split complex parameters into real and "
+                "imaginary parts"
             )
         leaves.append(_leaf(name, tuple(x.shape), x.dtype, storage))
     return Layout(tuple(leaves))
@@ -157,7 +166,9 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
     if size == 0:
         return Leaf(path, shape, dtype, "exact", "empty")
     if size < storage.min_size:
-        return Leaf(path, shape, dtype, "exact", f"{size} elements, fewer than min_size={storage.min_size}")
+        return Leaf(
+            path, shape, dtype, "exact", f"{size} elements, fewer than min_size={storage.min_size}"
+        )
 
     rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     transposed = columns < rows
@@ -165,18 +176,34 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
     tiles = -(-groups // GROUP) * -(-lanes // LANES)
     waste = 1 - size / (tiles * TILE)
     if groups >= GROUP and waste <= MAX_WASTE:
-        kind, reason = "tiled", f"groups along the {'columns' if transposed else 'rows'} of {rows} x {columns}"
+        kind, reason = (
+            "tiled",
+            f"groups along the {'columns' if transposed else 'rows'} of {rows} x {columns}",
+        )
     else:
         kind, reason = "flat", f"shorter axis of {groups}, less than a group of {GROUP}"
         if groups % GROUP == 0:
             kind, reason = "folded", f"tiles of {rows} x {columns} would waste {waste:.0%}"
         elif groups > GROUP:
-            reason = f"tiles of {rows} x {columns} would waste {waste:.0%}, and {groups} is no multiple of {GROUP}"
+            reason = (
+                f"tiles of {rows} x {columns} would waste {waste:.0%}, and {groups} is no multiple "
+                f"of {GROUP}"
+            )
         if kind == "flat":
             transposed = True
         groups, lanes = GROUP, -(-size // GROUP)
         tiles = -(-lanes // LANES)
-    return Leaf(path, shape, dtype, kind, reason, groups, lanes, transposed, _align(tiles, storage.row_alignment))
+    return Leaf(
+        path,
+        shape,
+        dtype,
+        kind,
+        reason,
+        groups,
+        lanes,
+        transposed,
+        _align(tiles, storage.row_alignment),
+    )
 
 
 def _align(n: int, alignment: int) -> int:
@@ -196,14 +223,18 @@ def from_tiles(tiles: jax.Array, leaf: Leaf) -> jax.Array:
     """[tiles, 32, 128] -> [*shape]. The inverse of `to_tiles`."""
     bands, lane_tiles = leaf.bands, leaf.lane_tiles
     tiles = tiles[: bands * lane_tiles].reshape(bands, lane_tiles, GROUP, LANES).swapaxes(1, 2)
-    groups = tiles.reshape(bands * GROUP, lane_tiles * LANES)[: leaf.groups_along, : leaf.lanes_along]
+    groups = tiles.reshape(bands * GROUP, lane_tiles * LANES)[
+        : leaf.groups_along, : leaf.lanes_along
+    ]
     return _from_groups(groups, leaf)
 
 
 def _to_groups(x: jax.Array, leaf: Leaf) -> jax.Array:
     """[*shape] -> [groups_along, lanes_along]: the group axis first, the lane axis last."""
     if leaf.kind == "flat":
-        return jnp.pad(x.reshape(-1), (0, leaf.lanes_along * GROUP - leaf.size)).reshape(-1, GROUP).T
+        return (
+            jnp.pad(x.reshape(-1), (0, leaf.lanes_along * GROUP - leaf.size)).reshape(-1, GROUP).T
+        )
     matrix = x.reshape(-1, leaf.shape[-1])
     groups = matrix.T if leaf.transposed else matrix
     if leaf.kind == "folded":

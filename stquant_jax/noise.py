@@ -1,8 +1,10 @@
-"""Random numbers without a key in the state: a hash of (seed, leaf, global element index), rotated by the step.
+"""Random numbers without a key in the state: a hash of (seed, leaf, global element index), rotated
+by the step.
 
-The bits depend on nothing else, so they are the same on every backend, on every sharding and after a restart. From one
-step to the next every element's number moves on by the golden ratio: over time it visits [0, 1) far more evenly than fresh draws
-would, and the rare steps of a slow moment come closer to when they are due (the error of v falls by a fifth).
+The bits depend on nothing else, so they are the same on every backend, on every sharding and after
+a restart. From one step to the next every element's number moves on by the golden ratio: over time
+it visits [0, 1) far more evenly than fresh draws would, and the rare steps of a slow moment come
+closer to when they are due (the error of v falls by a fifth).
 """
 
 from typing import NamedTuple
@@ -24,7 +26,9 @@ class Dither(NamedTuple):
     mu_coin: jax.Array
 
 
-def dither(seed: int, leaf: jax.Array, step: jax.Array, group: jax.Array, element: jax.Array) -> Dither:
+def dither(
+    seed: int, leaf: jax.Array, step: jax.Array, group: jax.Array, element: jax.Array
+) -> Dither:
     """Dither of a block.
 
     Args:

@@ -1,8 +1,9 @@
 """Float and integer primitives of the codecs, the same on every backend.
 
-``exp2`` and ``log2`` are short polynomials on the bits of a float32. They are two to three times cheaper than the
-library functions where the optimizer is bound by arithmetic, they vectorise everywhere, and since they are made of
-additions, multiplications and shifts alone they give the same codes on every device.
+``exp2`` and ``log2`` are short polynomials on the bits of a float32. They are two to three times
+cheaper than the library functions where the optimizer is bound by arithmetic, they vectorise
+everywhere, and since they are made of additions, multiplications and shifts alone they give the
+same codes on every device.
 """
 
 import jax
@@ -51,7 +52,8 @@ def exp2(x: jax.Array) -> jax.Array:
 def log2(x: jax.Array) -> jax.Array:
     """log2(x) in float32 for normal x > 0, to 4e-7 relative, near x = 1 too: log2(1) is exactly 0.
 
-    A moment moves by a thousandth of an octave a step, so it is the relative error near 1 that counts.
+    A moment moves by a thousandth of an octave a step, so it is the relative error near 1 that
+    counts.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     whole = (bits - _SQRT_HALF_BITS) >> 23
@@ -60,7 +62,7 @@ def log2(x: jax.Array) -> jax.Array:
 
 
 def hash32(x: jax.Array) -> jax.Array:
-    """A bijective integer hash of uint32 ('lowbias32', C. Wellons, public domain): counters in, random bits out."""
+    """A bijective hash of uint32 ('lowbias32', C. Wellons, public domain): counters to noise."""
     x = x ^ (x >> 16)
     x = x * jnp.uint32(0x7FEB352D)
     x = x ^ (x >> 15)
@@ -69,10 +71,10 @@ def hash32(x: jax.Array) -> jax.Array:
 
 
 def to_float(code: jax.Array) -> jax.Array:
-    """Small unsigned integers (below 2**23) as float32, through int32, which every vector unit converts at once."""
+    """Unsigned integers below 2**24 as float32, through int32, which all vector units convert."""
     return lax.bitcast_convert_type(code, jnp.int32).astype(jnp.float32)
 
 
 def to_code(x: jax.Array) -> jax.Array:
-    """Whole float32 in [0, 2**22) as uint32: adding 2**23 leaves the integer in the low bits; NaN gives some code."""
+    """Whole float32 in [0, 2**22) as uint32: plus 2**23 it is in the low bits. NaN: any code."""
     return lax.bitcast_convert_type(x + 2.0**23, jnp.uint32) & jnp.uint32(0x3FFFFF)

@@ -22,7 +22,8 @@ def adam(
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.adam` with quantized state: ``chain(scale_by_adam_q(...), scale_by_learning_rate(learning_rate))``.
+    """`optax.adam` with quantized state: ``chain(scale_by_adam_q(...),
+    scale_by_learning_rate(learning_rate))``.
 
     Args:
       learning_rate: a number or a schedule.
@@ -32,7 +33,9 @@ def adam(
       ValueError: as `scale_by_adam_q`.
     """
     return optax.chain(
-        scale_by_adam_q(b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage),
+        scale_by_adam_q(
+            b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -50,13 +53,15 @@ def adamw(
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.adamw` with quantized state: Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+    """`optax.adamw` with quantized state: Adam with decoupled weight decay (Loshchilov and Hutter,
+    2019).
 
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, eps_root, nesterov, precision, storage: see `scale_by_adam_q`.
       weight_decay: strength of the decay, multiplied with the learning rate as in Optax.
-      mask: a tree of booleans, or a function of the parameters that returns one: which parameters decay.
+      mask: a tree of booleans, or a function of the parameters that returns one: which parameters
+        decay.
 
     Raises:
       ValueError: as `scale_by_adam_q`.
@@ -71,7 +76,9 @@ def adamw(
       >>> params = optax.apply_updates(params, updates)
     """
     return optax.chain(
-        scale_by_adam_q(b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage),
+        scale_by_adam_q(
+            b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

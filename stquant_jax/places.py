@@ -14,19 +14,24 @@ class Place(NamedTuple):
 
     lane_tiles: jax.Array | int
     lanes: jax.Array | int
-    limit: jax.Array | int  # elements on the group axis; of the whole leaf where bands are folded or flat
+    limit: (
+        jax.Array | int
+    )  # elements on the group axis; of the whole leaf where bands are folded or flat
     flat: jax.Array | int
 
     @classmethod
     def of(cls, leaf: Leaf) -> "Place":
         flat = leaf.kind != "tiled"
-        return cls(leaf.lane_tiles, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat))
+        return cls(
+            leaf.lane_tiles, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat)
+        )
 
     def of_tiles(self, tile: jax.Array, size: int, ragged: bool) -> tuple[jax.Array, jax.Array]:
-        """Group index uint32[size, 1, 128] in the leaf, and 1 for elements, 0 for padding, float32[size, 32, 128].
+        """Group index uint32[size, 1, 128] in the leaf, and 1 for elements, 0 for padding,
+        float32[size, 32, 128].
 
-        Where no leaf is ragged the latter is a constant: groups are either full or, at the end of the lanes, all padding, which
-        reads as a group of zeros.
+        Where no leaf is ragged the latter is a constant: groups are either full or, at the end of
+        the lanes, all padding, which reads as a group of zeros.
         """
         tiles = tile + jnp.arange(size, dtype=jnp.int32)[:, None, None]
         band = tiles // self.lane_tiles
@@ -34,6 +39,7 @@ class Place(NamedTuple):
         group = (band * self.lanes + lane).astype(jnp.uint32)
         if not ragged:
             return group, jnp.ones((1, GROUP, 1), jnp.float32)
-        # Flat, a group is 32 consecutive elements, so it is the last lane that may be cut short, not the last band.
+        # Flat, a group is 32 consecutive elements, so it is the last lane that may be cut short,
+        # not the last band.
         left = self.limit - GROUP * jnp.where(self.flat == 1, lane, band)
         return group, (jnp.arange(GROUP, dtype=jnp.int32)[:, None] < left).astype(jnp.float32)

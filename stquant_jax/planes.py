@@ -1,11 +1,14 @@
 """Bit-planes: the codes of a tile as rows of 128 words, one bit of every code a row.
 
-A tile is 32 x 128 codes: axis -2 runs along a group, axis -1 along the lanes. Bit ``j`` of word ``w`` in plane ``p`` is bit ``p`` of
-the code of element (j, w), so a group is one word of every plane, and a code of any width costs exactly its bits.
+A tile is 32 x 128 codes: axis -2 runs along a group, axis -1 along the lanes. Bit ``j`` of word
+``w`` in plane ``p`` is bit ``p`` of the code of element (j, w), so a group is one word of every
+plane, and a code of any width costs exactly its bits.
 
-Both directions are an 8x8 bit transpose: eight words, one per plane, hold four 8x8 blocks of bits side by side
-(plane x position, one block per byte). Transposed, each word holds four whole codes, one per byte. Three butterfly
-stages on eight words do that for 32 codes at once: 2 integer operations per code, whatever the width.
+Both directions are an 8x8 bit transpose: eight words, one per plane, hold four 8x8 blocks of bits
+side by side (plane x position, one block per byte). Transposed, each word holds four whole codes,
+one per byte. Three butterfly
+stages on eight words do that for 32 codes at once: 2 integer operations per code, whatever the
+width.
 """
 
 import jax
@@ -33,12 +36,14 @@ def _transpose8x8(words: list[jax.Array]) -> list[jax.Array]:
 def unpack(planes: jax.Array) -> jax.Array:
     """uint32[8, ..., 128] planes, those above the width zero -> uint32[..., 32, 128] codes."""
     words = jnp.stack(_transpose8x8([planes[p] for p in range(PLANES)]), axis=-2)
-    codes = jnp.concatenate([(words >> shift) & jnp.uint32(0xFF) for shift in (0, 8, 16, 24)], axis=-2)
+    codes = jnp.concatenate(
+        [(words >> shift) & jnp.uint32(0xFF) for shift in (0, 8, 16, 24)], axis=-2
+    )
     return codes
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """uint32[..., 32, 128] codes below 256 -> uint32[8, ..., 128] planes. The inverse of `unpack`."""
+    """uint32[..., 32, 128] codes below 256 -> uint32[8, ..., 128] planes, `unpack` undone."""
     quarter = [codes[..., 8 * q : 8 * q + 8, :] << (8 * q) for q in range(4)]
     words = quarter[0] | quarter[1] | quarter[2] | quarter[3]
     return jnp.stack(_transpose8x8([words[..., r, :] for r in range(PLANES)]))

@@ -1,6 +1,8 @@
-"""Precision policies: how many bits each slot gets. A policy sees sizes, widths and statistics, never the arena.
+"""Precision policies: how many bits each slot gets. A policy sees sizes, widths and statistics,
+never the arena.
 
-All are frozen dataclasses: `optax.inject_hyperparams` would turn bare numbers into traced arrays, and shapes depend on these.
+All are frozen dataclasses: `optax.inject_hyperparams` would turn bare numbers into traced arrays,
+and shapes depend on these.
 """
 
 import itertools
@@ -13,22 +15,23 @@ import numpy as np
 
 from stquant_jax.codecs import DEFAULT_WINDOW, MU_WIDTHS, NU_WIDTHS, WINDOWS
 
-# Squared error of the update that a moment costs in the closed loop at each width, over the update's energy: convex hulls of what
-# benchmarks/codec.py measures on its GPT and ViT streams, rounded. They rank the steps of the first plan. Width 1 of nu is not
-# on its hull: with rows, two levels tell less than they disturb.
+# Squared error of the update that a moment costs in the closed loop at each width, over the
+# update's energy: convex hulls of what benchmarks/codec.py measures on its GPT and ViT streams,
+# rounded. They rank the steps of the first plan. Width 1 of nu is not on its hull: with rows, two
+# levels tell less than they disturb.
 MU_ERROR = {2: 0.32, 3: 0.116, 4: 0.034, 5: 0.0098, 6: 0.0026, 7: 0.001, 8: 0.0006}
 NU_ERROR = {0: 0.058, 2: 0.0378, 3: 0.0277, 4: 0.0176, 5: 0.0092, 6: 0.0045, 7: 0.0025, 8: 0.0012}
 
 
 class PrecisionState(NamedTuple):
-    """The part of the optimizer's state that a policy owns; slots are ordered leaf by leaf, mu before nu."""
+    """The part of the state that a policy owns; slots are ordered leaf by leaf, mu before nu."""
 
     widths: jax.Array  # int32[slots]
     windows: jax.Array  # int32[slots]: octaves, 0 for mu
 
 
 class Policy(Protocol):
-    """What a policy offers. Tiles are those of each slot, int[slots]; bytes are of the whole state."""
+    """What a policy offers. Tiles are those of each slot, int[slots]; bytes of the whole state."""
 
     def rows(self, tiles: np.ndarray, fixed_bytes: int, reference_bytes: int) -> int:
         """Rows of the arena."""
@@ -46,7 +49,8 @@ class Fixed:
     Attributes:
       mu: bits of a code of the first moment, 2..8.
       nu: bits of a code of the second moment, 0..8.
-      window: octaves that the second moment's lattice spans, 1, 2, 3, 4, 6 or 8; None for the best at that width.
+      window: octaves that the second moment's lattice spans, 1, 2, 3, 4, 6 or 8; None for the best
+        at that width.
     """
 
     mu: int = 5
@@ -57,7 +61,9 @@ class Fixed:
         for name, (low, high) in (("mu", MU_WIDTHS), ("nu", NU_WIDTHS)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"Fixed({name}={value!r}): expected an integer width from {low} to {high}")
+                raise ValueError(
+                    f"Fixed({name}={value!r}): expected an integer width from {low} to {high}"
+                )
         if self.window is not None and self.window not in WINDOWS:
             raise ValueError(f"Fixed(window={self.window!r}): expected None or one of {WINDOWS}")
 
@@ -75,18 +81,27 @@ class Fixed:
 class Budget:
     """Fill a budget that counts everything: planes, scales, exact leaves, schedule, padding.
 
-    The first plan raises the width that lowers the update's error most per byte, until nothing fits: near 5 bits mu has 5
-    and nu 4, near 4 bits 5 and 2, near 3 bits 5 and 0. Widths live in the state; so far they stay as first planned.
+    The first plan raises the width that lowers the update's error most per byte, until nothing
+    fits: near 5 bits mu has 5 and nu 4, near 4 bits 5 and 2, near 3 bits 5 and 0. Widths live in
+    the state; so far they stay as first planned.
 
     Attributes:
-      bits: all-in bits per state element; the state takes at most bits/32 of the bytes of Optax's float32 Adam state.
+      bits: all-in bits per state element; the state takes at most bits/32 of the bytes of Optax's
+        float32 Adam state.
     """
 
     bits: float = 5.0
 
     def __post_init__(self):
-        if not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= 32:
-            raise ValueError(f"Budget(bits={self.bits!r}): expected a number of bits per state element, above 0 and at most 32")
+        if (
+            not isinstance(self.bits, (int, float))
+            or isinstance(self.bits, bool)
+            or not 0 < self.bits <= 32
+        ):
+            raise ValueError(
+                f"Budget(bits={self.bits!r}): expected a number of bits per state element, above 0 "
+                "and at most 32"
+            )
 
     def rows(self, tiles: np.ndarray, fixed_bytes: int, reference_bytes: int) -> int:
         """Raises ValueError below the floor, naming the smallest budget that fits."""
@@ -95,9 +110,9 @@ class Budget:
         if rows < floor:
             smallest = 32 * (fixed_bytes + 512 * floor) / reference_bytes
             raise ValueError(
-                f"Budget(bits={self.bits}) is below the floor: the smallest budget that fits these parameters is "
-                f"{np.ceil(smallest * 1000) / 1000:g} bits per state element (mu at {MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales and "
-                "exact leaves included)"
+                f"Budget(bits={self.bits}) is below the floor: the smallest budget that fits these "
+                f"parameters is {np.ceil(smallest * 1000) / 1000:g} bits per state element (mu at "
+                f"{MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales and exact leaves included)"
             )
         return min(rows, int(np.sum(tiles)) * MU_WIDTHS[1])
 
@@ -105,8 +120,8 @@ class Budget:
         widths = _floor(tiles)
         kind = np.arange(len(tiles)) % 2
         free = rows - int(np.sum(tiles * widths))
-        # Every element's error counts the same, so all slots of a moment gain alike: take the steps in the order of gain per
-        # bit, each for as many slots as fit, the largest first.
+        # Every element's error counts the same, so all slots of a moment gain alike: take the steps
+        # in the order of gain per bit, each for as many slots as fit, the largest first.
         for moment, width, wider in _by_gain():
             for slot in np.argsort(-tiles, kind="stable"):
                 cost = int(tiles[slot]) * (wider - width)
@@ -117,7 +132,7 @@ class Budget:
 
 
 def _by_gain() -> list[tuple[int, int, int]]:
-    """Steps (moment, width, next width) by the fall of error per bit; on convex hulls that keeps a moment's in order."""
+    """Steps (moment, width, next width) by the fall of error per bit: on a hull, in order."""
     steps = []
     for moment, errors in enumerate((MU_ERROR, NU_ERROR)):
         for (width, error), (wider, less) in itertools.pairwise(errors.items()):

@@ -1,8 +1,8 @@
 """Update rules: elementwise float algebra on a gradient and its moments, no trees, no bits.
 
-A rule is two functions: ``accumulate`` makes the new moments, ``direction`` the update from them. Between the two the codec may
-shrink the second moment toward its group's mean. ``prepare`` turns hyperparameters and the step count into the scalars
-that both use, once a step.
+A rule is two functions: ``accumulate`` makes the new moments, ``direction`` the update from them.
+Between the two the codec may shrink the second moment toward its group's mean. ``prepare`` turns
+hyperparameters and the step count into the scalars that both use, once a step.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,9 @@ class Adam:
             on_mu, on_gradient = 1 / (1 - b1**t), jnp.float32(0)
         return AdamScalars(b1, b2, eps, eps_root, on_mu, on_gradient, 1 / (1 - b2**t))
 
-    def accumulate(self, g: jax.Array, mu: jax.Array, nu: jax.Array, s: AdamScalars) -> tuple[jax.Array, jax.Array]:
+    def accumulate(
+        self, g: jax.Array, mu: jax.Array, nu: jax.Array, s: AdamScalars
+    ) -> tuple[jax.Array, jax.Array]:
         return s.b1 * mu + (1 - s.b1) * g, s.b2 * nu + (1 - s.b2) * (g * g)
 
     def direction(self, g: jax.Array, mu: jax.Array, nu: jax.Array, s: AdamScalars) -> jax.Array:

@@ -1,4 +1,5 @@
-"""`scale_by_adam_q`: Optax's `scale_by_adam` with its state in a bit-plane arena. Read this module first.
+"""`scale_by_adam_q`: Optax's `scale_by_adam` with its state in a bit-plane arena. Read this module
+first.
 
     gradients -> tiles -> decode -> rule -> encode -> planes -> arena, updates
 """
@@ -20,7 +21,8 @@ from stquant_jax.rules import Adam, AdamScalars
 
 
 class ScaleByAdamQState(NamedTuple):
-    """State of `scale_by_adam_q`: arrays only, so jit, scan, donation, tree maps and checkpoints need no special care.
+    """State of `scale_by_adam_q`: arrays only, so jit, scan, donation, tree maps and checkpoints
+    need no special care.
 
     Attributes:
       count: int32[], updates done.
@@ -54,11 +56,13 @@ def scale_by_adam_q(
     r"""Rescale updates by Adam, its moments stored in a few bits each.
 
     .. math::
-      m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
-      u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t) + \bar\epsilon} + \epsilon}
+      m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2,
+      \quad u_t = \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t) + \bar\epsilon} +
+      \epsilon}
 
-    as `optax.scale_by_adam` computes it, in float32; between steps m and v lie in a bit-plane arena of 2 to 8 bits a code (v: 0 to
-    8), with a scale for every 32 elements. Updates have the gradients' shapes and dtypes.
+    as `optax.scale_by_adam` computes it, in float32; between steps m and v lie in a bit-plane arena
+    of 2 to 8 bits a code (v: 0 to 8), with a scale for every 32 elements. Updates have the
+    gradients' shapes and dtypes.
 
     Args:
       b1: decay of the first moment, 0 <= b1 < 1, and b1**2 < b2.
@@ -70,16 +74,18 @@ def scale_by_adam_q(
       storage: which leaves stay exact, backend, seed of the rounding.
 
     Returns:
-      A gradient transformation whose state is a `ScaleByAdamQState`. Its ``init`` also accepts ShapeDtypeStructs under
-      `jax.eval_shape`.
+      A gradient transformation whose state is a `ScaleByAdamQState`. Its ``init`` also accepts
+      ShapeDtypeStructs under `jax.eval_shape`.
 
     Raises:
-      ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it); at ``init``, a budget below the floor,
-        complex or integer parameters; at ``update``, gradients or a state of another model or layout.
+      ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it);
+      at ``init``, a budget below the floor, complex or integer parameters; at ``update``, gradients
+      or a state of another model or layout.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
-      >>> tx = optax.chain(stquant.scale_by_adam_q(precision=stquant.Budget(5.0)), optax.scale(-1e-3))
+      >>> adam = stquant.scale_by_adam_q(precision=stquant.Budget(5.0))
+      >>> tx = optax.chain(adam, optax.scale(-1e-3))
       >>> params = {"kernel": jnp.ones((256, 512))}
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"kernel": jnp.ones((256, 512))}, state)
@@ -102,7 +108,10 @@ def scale_by_adam_q(
         return _init_state(layout, precision)
 
     def update(
-        updates: optax.Updates, state: ScaleByAdamQState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: ScaleByAdamQState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamQState]:
         del params, extra_args
         layout = layout_of(updates, storage)
@@ -146,4 +155,6 @@ def _update_exact(
     update = rule.direction(g, mu, nu, scalars)
     ends = np.cumsum([x.size for x in grads])
     parts = jnp.split(update, ends[:-1])
-    return [u.reshape(x.shape).astype(x.dtype) for u, x in zip(parts, grads, strict=True)], jnp.stack([mu, nu])
+    return [
+        u.reshape(x.shape).astype(x.dtype) for u, x in zip(parts, grads, strict=True)
+    ], jnp.stack([mu, nu])

@@ -86,7 +86,9 @@ def test_mu_error_bound(kind, seed, width, octaves):
     ||s level|| = ||e||, and its rounding adds a step of the byte.
     """
     e = groups(kind, seed, octaves)
-    e[..., 0, :] += 2.0**octaves * (np.abs(e).max(-2) == 0)  # a group of zeros has a test of its own
+    e[..., 0, :] += 2.0**octaves * (
+        np.abs(e).max(-2) == 0
+    )  # a group of zeros has a test of its own
     code, scale = mu_codes(e, width, seed)
     largest = np.abs(e).max(-2, keepdims=True)
     reach = oracle.REACH[width]
@@ -114,7 +116,9 @@ def test_mu_keeps_the_length(width, kind, octaves):
     e = e / np.maximum(np.sqrt(np.sum(e * e, -2, keepdims=True)), 1e-30) * 2.0**octaves
     coins = (np.arange(512, dtype=np.float32) + 0.5) / 512
     dither = np.full(e.shape, 0.3, np.float32)
-    rounded = [encode_mu(e, width, dither, np.full((1, 1, GROUPS), c, np.float32)) for c in coins[::8]]
+    rounded = [
+        encode_mu(e, width, dither, np.full((1, 1, GROUPS), c, np.float32)) for c in coins[::8]
+    ]
     lengths = [
         np.sum(np.square(decode_mu(code.astype(jnp.uint32), scale, width)), -2)
         for code, scale in rounded
@@ -137,7 +141,9 @@ def test_mu_zero(kind, seed, width):
     for k in range(256):
         dither = np.full(e.shape, (k + 0.5) / 256, np.float32)
         code, _ = encode_mu(e, width, dither, np.zeros((1, 1, GROUPS), np.float32))
-        total += np.asarray(decode_mu(code.astype(jnp.uint32), jnp.full((1, 1, GROUPS), CENTER), width))
+        total += np.asarray(
+            decode_mu(code.astype(jnp.uint32), jnp.full((1, 1, GROUPS), CENTER), width)
+        )
     assert np.all(np.abs(total[zero]) < 1e-3)
 
 

@@ -57,15 +57,17 @@ def assert_close(got, want, where, share=0.999):
     assert np.max(np.abs(got - want), initial=0) <= 1
 
 
-def assert_leaf(got, want, place):
+def assert_leaf(update, got, want_update, want, place):
     inside = place.element >= 0
     rows, groups = inside.any(-1, keepdims=True), inside.any(-2, keepdims=True)
     living = inside & (want.nu_scale > 0) & (want.nu_scale < oracle.BASE_NOT_FINITE)
     assert_close(got.nu_row, want.nu_row, rows)
     assert_close(got.nu, want.nu, living)
-    # The scale makes up for the group's codes, and mu is coded relative to nu as stored: both are
-    # compared where nu fell alike. One ulp of a base of 50 octaves is 1/500 of the scale's step.
+    # The update shrinks toward its row, the scale makes up for the codes, and mu is coded relative to
+    # nu as stored: they are compared where nu fell alike. One ulp of a base of 50 octaves is 1/500 of the scale's step.
     alike = ((got.nu_row == want.nu_row) | ~rows).all(-2, keepdims=True) & groups
+    update, want_update = (x[inside & alike] for x in (update, want_update))
+    np.testing.assert_allclose(update, want_update, rtol=1e-4, atol=1e-6)
     alike &= ((got.nu == want.nu) | ~living).all(-2, keepdims=True)
     assert_close(got.nu_scale, want.nu_scale, alike, 0.99)
     alike &= got.nu_scale == want.nu_scale
@@ -86,12 +88,10 @@ def test_steps(mu, nu, nesterov):
             continue
         old, new = read(before), read(state)
         for i, (name, place) in enumerate(PLACES.items()):
-            tiles = storage.to_tiles(g[name].astype(float), place)
+            x, update = (storage.to_tiles(np.asarray(y[name], float), place) for y in (g, updates))
             slot = oracle.Slot(mu, nu, window, seed=0, leaf=i)
-            want, codes = oracle.step(tiles, old[name], place, adam, slot, count)
-            assert_leaf(new[name], codes, place)
-            want = storage.from_tiles(want, place, QUANTIZED[name])
-            np.testing.assert_allclose(updates[name], want, rtol=1e-4, atol=1e-6)
+            want = oracle.step(x, old[name], place, adam, slot, count)
+            assert_leaf(update, new[name], *want, place)
 
 
 def test_arena_bits():

@@ -1,4 +1,4 @@
-"""Backends: the same fused step on different hardware. A named backend runs or raises with the reason."""
+"""Backends: the same fused step on different hardware. A named one runs or raises the reason."""
 
 from collections.abc import Callable
 
@@ -15,5 +15,6 @@ def resolve(storage: Storage) -> Callable:
     if storage.backend in (None, "xla"):
         return xla.step
     raise ValueError(
-        f"Storage(backend={storage.backend!r}) cannot run: its kernels are not in this version yet; expected 'xla' or None"
+        f"Storage(backend={storage.backend!r}) cannot run, this version lacks its kernels: "
+        "expected 'xla' or None"
     )

@@ -1,7 +1,9 @@
-"""The reference backend: one table-driven loop over all chunks of all leaves, the arena updated in place.
+"""The reference backend: one table-driven loop over all chunks of all leaves, the arena updated in
+place.
 
-Gradients are laid out tile by tile in one buffer, which the loop overwrites with the updates. Per chunk: read planes, compute,
-write planes. Nothing reads the arena after a write of the same chunk, or XLA would copy the arena.
+Gradients are laid out tile by tile in one buffer, which the loop overwrites with the updates. Per
+chunk: read planes, compute, write planes. Nothing reads the arena after a write of the same chunk,
+or XLA would copy the arena.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,8 @@ from stquant_jax.places import Place
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.rules import Adam, AdamScalars
 
-CHUNK = 8  # tiles that are computed together: enough to amortise a loop iteration, few enough for the cache
+# Tiles computed together: enough to amortise an iteration of the loop, few enough for the cache.
+CHUNK = 8
 
 
 class Buffers(NamedTuple):
@@ -53,8 +56,13 @@ def step(
     if not leaves:
         return [], arena, mu_scale, nu_scale, nu_row
     chunk = min(CHUNK, layout.tiles)  # a loop that never runs is traced all the same
-    places = jax.tree.map(lambda *column: jnp.asarray(np.array(column, np.int32)), *map(Place.of, leaves))
-    tiles, first = (jnp.asarray(np.array(x, np.int32)) for x in ([leaf.tiles for leaf in leaves], layout.first_tile))
+    places = jax.tree.map(
+        lambda *column: jnp.asarray(np.array(column, np.int32)), *map(Place.of, leaves)
+    )
+    tiles, first = (
+        jnp.asarray(np.array(x, np.int32))
+        for x in ([leaf.tiles for leaf in leaves], layout.first_tile)
+    )
     offsets = rows.offsets(widths, layout)
     hold = holder(count > 0)
     ragged = any(leaf.ragged for leaf in leaves)
@@ -80,18 +88,26 @@ def step(
             *(scale[:, None].astype(jnp.uint32) for scale in scales),
             row.reshape(size, GROUP, 1).astype(jnp.uint32),
         )
-        group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(tile, size, ragged)
-        noise = dither(storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None])
+        group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(
+            tile, size, ragged
+        )
+        noise = dither(
+            storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
+        )
         lev, lat = levels(widths[mu]), lattice(widths[nu], windows[nu])
         g = g.astype(jnp.float32)
-        update, new = update_block(rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, hold)
+        update, new = update_block(
+            rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, hold
+        )
 
         def put(buffer, x, at):
             return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
 
         return Buffers(
             put(b.data, update, at),
-            rows.write_planes(b.arena, spans, [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]),
+            rows.write_planes(
+                b.arena, spans, [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
+            ),
             put(b.mu_scale, new.mu_scale[:, 0], at),
             put(b.nu_scale, new.nu_scale[:, 0], at),
             put(b.nu_row, new.nu_row.reshape(-1), at * GROUP),
@@ -100,7 +116,9 @@ def step(
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
         whole = tiles[leaf] // chunk
         b = lax.fori_loop(0, whole, lambda i, b: update_chunk(chunk, leaf, i * chunk, b), b)
-        return lax.fori_loop(whole * chunk, tiles[leaf], lambda i, b: update_chunk(1, leaf, i, b), b)
+        return lax.fori_loop(
+            whole * chunk, tiles[leaf], lambda i, b: update_chunk(1, leaf, i, b), b
+        )
 
     dtype = jnp.result_type(*grads)
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
@@ -115,9 +133,11 @@ def step(
 
 
 def holder(always: jax.Array) -> Hold:
-    """A function that keeps a value in memory: a branch that is always taken, though only at run time it is known to be.
+    """A function that keeps a value in memory: a branch that is always taken, though only at run
+    time it is known to be.
 
-    XLA's fusion computes cheap values again for every use, here whole chains of them, and reads a slice of a buffer after the buffer
-    was written, for which it has to copy the buffer. It does neither across a conditional.
+    XLA's fusion computes cheap values again for every use, here whole chains of them, and reads a
+    slice of a buffer after the buffer was written, for which it has to copy the buffer. It does
+    neither across a conditional.
     """
     return lambda x: lax.cond(always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
