@@ -58,6 +58,15 @@ def reference_bytes(layout: Layout) -> int:
     return 4 + layout.size * 4 * len(MOMENTS)
 
 
+class Packed(NamedTuple):
+    """All that is stored of the quantized leaves."""
+
+    arena: jax.Array  # uint32[rows, 128]
+    mu_scale: jax.Array  # uint8[tiles, 128]
+    nu_scale: jax.Array  # uint16[tiles, 128]
+    nu_row: jax.Array  # uint8[tiles * 32]
+
+
 class Span(NamedTuple):
     """Consecutive tiles of a slot in the arena; traced scalars."""
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from stquant_jax.layout import Layout, Storage
 
@@ -49,12 +49,13 @@ def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
         if (1 - b1) / (1 - b2) ** 0.5 > _MAX_RATIO:
             raise ValueError(
                 f"b1={b1} with b2={b2}: expected (1 - b1) / sqrt(1 - b2) of at most "
-                f"{_MAX_RATIO:g}, the largest ratio of moments that the first moment's scale can hold at step 1"
+                f"{_MAX_RATIO:g}, the largest ratio of moments that the first moment's scale can "
+                "hold at step 1"
             )
 
 
 def _is_known(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and not callable(value)
+    return not isinstance(value, Tracer) and np.ndim(value) == 0 and not callable(value)
 
 
 def check_precision(precision: Any, storage: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from rich.console import Console
 from rich.table import Table
 
@@ -158,7 +159,7 @@ def report(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()) 
     """
     layout = layout_of(params, storage)
     check_state(state, layout)
-    if isinstance(state.precision.widths, jax.core.Tracer):
+    if isinstance(state.precision.widths, Tracer):
         raise ValueError("state is traced: expected concrete arrays; call report outside jit")
     schedule = sum(x.nbytes for x in jax.tree.leaves((state.count, state.precision)))
     return _report(

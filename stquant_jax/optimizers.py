@@ -46,7 +46,7 @@ def adamw(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    weight_decay: jax.typing.ArrayLike = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = False,
@@ -59,7 +59,8 @@ def adamw(
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, eps_root, nesterov, precision, storage: see `scale_by_adam_q`.
-      weight_decay: strength of the decay, multiplied with the learning rate as in Optax.
+      weight_decay: strength of the decay, a number or a schedule, multiplied with the learning
+        rate as in Optax.
       mask: a tree of booleans, or a function of the parameters that returns one: which parameters
         decay.
 

@@ -109,7 +109,7 @@ def scale_by_adam_q(
 
     def update(
         updates: optax.Updates,
-        state: ScaleByAdamQState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamQState]:
@@ -118,14 +118,15 @@ def scale_by_adam_q(
         grads, treedef = jax.tree.flatten(updates)
         check_state(state, layout)
         quantized, exact = layout.split(grads)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
-        quantized, *packed = backend_step(
-            layout, storage, rule, scalars, count, quantized, *state[1:5], *state.precision
+        packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
+        quantized, packed = backend_step(
+            layout, storage, rule, scalars, count, quantized, packed, *state.precision
         )
         exact, moments = _update_exact(rule, scalars, exact, state.exact)
         updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
-        return updates, ScaleByAdamQState(count, *packed, moments, state.precision)
+        return updates, state._replace(count=count, exact=moments, **packed._asdict())
 
     return optax.GradientTransformationExtraArgs(init, update)
 

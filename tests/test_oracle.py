@@ -63,8 +63,9 @@ def assert_leaf(update, got, want_update, want, place):
     living = inside & (want.nu_scale > 0) & (want.nu_scale < oracle.BASE_NOT_FINITE)
     assert_close(got.nu_row, want.nu_row, rows)
     assert_close(got.nu, want.nu, living)
-    # The update shrinks toward its row, the scale makes up for the codes, and mu is coded relative to
-    # nu as stored: they are compared where nu fell alike. One ulp of a base of 50 octaves is 1/500 of the scale's step.
+    # The update shrinks toward its row, the scale makes up for the codes, and mu is coded relative
+    # to nu as stored: they are compared where nu fell alike. One ulp of a base of 50 octaves is
+    # 1/500 of the scale's step.
     alike = ((got.nu_row == want.nu_row) | ~rows).all(-2, keepdims=True) & groups
     update, want_update = (x[inside & alike] for x in (update, want_update))
     np.testing.assert_allclose(update, want_update, rtol=1e-4, atol=1e-6)

@@ -31,10 +31,7 @@ class Buffers(NamedTuple):
     """What the loop carries: every array is updated in place."""
 
     data: jax.Array  # [tiles, 32, 128] gradients in, updates out
-    arena: jax.Array
-    mu_scale: jax.Array  # uint8[tiles, 128]
-    nu_scale: jax.Array  # uint16[tiles, 128]
-    nu_row: jax.Array  # uint8[tiles * 32]
+    packed: rows.Packed
 
 
 def step(
@@ -44,17 +41,14 @@ def step(
     scalars: AdamScalars,
     count: jax.Array,
     grads: list[jax.Array],
-    arena: jax.Array,
-    mu_scale: jax.Array,
-    nu_scale: jax.Array,
-    nu_row: jax.Array,
+    packed: rows.Packed,
     widths: jax.Array,
     windows: jax.Array,
-) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One fused update of all quantized leaves: updates, arena, scales, rows."""
+) -> tuple[list[jax.Array], rows.Packed]:
+    """One fused update of all quantized leaves: updates and what is stored of them."""
     leaves = layout.quantized
     if not leaves:
-        return [], arena, mu_scale, nu_scale, nu_row
+        return [], packed
     chunk = min(CHUNK, layout.tiles)  # a loop that never runs is traced all the same
     places = jax.tree.map(
         lambda *column: jnp.asarray(np.array(column, np.int32)), *map(Place.of, leaves)
@@ -73,20 +67,22 @@ def step(
         at = first[leaf] + tile
 
         # All that is read of the buffers is read here, before anything is written.
-        g, mu_planes, nu_planes, *scales, row = hold(
+        old_packed = b.packed
+        g, mu_planes, nu_planes, mu_scale, nu_scale, nu_row = hold(
             (
                 lax.dynamic_slice_in_dim(b.data, at, size),
-                *(rows.read_planes(b.arena, span, size) for span in spans),
-                lax.dynamic_slice_in_dim(b.mu_scale, at, size),
-                lax.dynamic_slice_in_dim(b.nu_scale, at, size),
-                lax.dynamic_slice_in_dim(b.nu_row, at * GROUP, size * GROUP),
+                *(rows.read_planes(old_packed.arena, span, size) for span in spans),
+                lax.dynamic_slice_in_dim(old_packed.mu_scale, at, size),
+                lax.dynamic_slice_in_dim(old_packed.nu_scale, at, size),
+                lax.dynamic_slice_in_dim(old_packed.nu_row, at * GROUP, size * GROUP),
             )
         )
         old = Codes(
             planes.unpack(mu_planes),
             planes.unpack(nu_planes),
-            *(scale[:, None].astype(jnp.uint32) for scale in scales),
-            row.reshape(size, GROUP, 1).astype(jnp.uint32),
+            mu_scale[:, None].astype(jnp.uint32),
+            nu_scale[:, None].astype(jnp.uint32),
+            nu_row.reshape(size, GROUP, 1).astype(jnp.uint32),
         )
         group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(
             tile, size, ragged
@@ -103,14 +99,15 @@ def step(
         def put(buffer, x, at):
             return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
 
+        new_planes = [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
         return Buffers(
             put(b.data, update, at),
-            rows.write_planes(
-                b.arena, spans, [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
+            rows.Packed(
+                rows.write_planes(old_packed.arena, spans, new_planes),
+                put(old_packed.mu_scale, new.mu_scale[:, 0], at),
+                put(old_packed.nu_scale, new.nu_scale[:, 0], at),
+                put(old_packed.nu_row, new.nu_row.reshape(-1), at * GROUP),
             ),
-            put(b.mu_scale, new.mu_scale[:, 0], at),
-            put(b.nu_scale, new.nu_scale[:, 0], at),
-            put(b.nu_row, new.nu_row.reshape(-1), at * GROUP),
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
@@ -124,12 +121,12 @@ def step(
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
     for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
         data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
-    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, arena, mu_scale, nu_scale, nu_row))
+    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, packed))
     updates = [
         from_tiles(b.data[first : first + leaf.tiles], leaf).astype(g.dtype)
         for g, leaf, first in zip(grads, leaves, layout.first_tile, strict=True)
     ]
-    return updates, *b[1:]
+    return updates, b.packed
 
 
 def holder(always: jax.Array) -> Hold:
