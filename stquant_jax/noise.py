@@ -4,7 +4,7 @@ by the step.
 The bits depend on nothing else, so they are the same on every backend, on every sharding and after
 a restart. From one step to the next every element's number moves on by the golden ratio: over time
 it visits [0, 1) far more evenly than fresh draws would, and the rare steps of a slow moment come
-closer to when they are due (the error of v falls by a fifth).
+closer to when they are due.
 """
 
 from typing import NamedTuple

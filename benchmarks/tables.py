@@ -1,0 +1,128 @@
+"""Writes the README's tables from the committed JSON, between its `<!-- name -->` markers.
+
+    python -m benchmarks.tables           rewrite README.md
+    python -m benchmarks.tables --check   exit 1 if it would change
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import _io
+
+README = Path(__file__).parent.parent / "README.md"
+OURS = ((2, 0), (4, 0), (5, 0), (5, 2), (5, 3), (5, 4), (6, 6), (8, 8))
+
+
+def codec() -> str:
+    """Error of the update of each format, by bits."""
+    record = _io.read_json(_io.RESULTS / "codec.json")
+    rows = [row for row in record["results"] if not row.get("window") and row["format"] != "fp32"]
+    rows = [row for row in rows if "mu" not in row or (row["mu"], row["nu"]) in OURS]
+    errors: dict[str, dict[str, float]] = {}
+    for row in rows:
+        ours = "mu" in row
+        name = f"**mu {row['mu']} nu {row['nu']}**" if ours else row["format"]
+        errors.setdefault(name, {"bits": row["bits"]})[row["stream"]] = row["error"]
+    body = [
+        [name, f"{e['bits']:.2f}", *(f"{e[s]:.3g}" for s in ("gpt", "vit", "synthetic"))]
+        for name, e in sorted(errors.items(), key=lambda item: item[1]["bits"])
+    ]
+    return _table(["format", "bits", "GPT", "ViT", "synthetic"], body) + _source(record)
+
+
+def step() -> str:
+    """Time of an update against fp32 Optax in the same run."""
+    record = _io.read_json(_io.RESULTS / "step.json")
+    body = [
+        [
+            row["shapes"],
+            str(row["cores"]),
+            row["precision"],
+            f"{row['ns_per_element']['stquant']:.1f}",
+            f"{row['ns_per_element']['optax']:.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in record["results"]
+    ]
+    header = ["shapes", "cores", "precision", "ns per element", "Optax fp32", "ratio"]
+    return _table(header, body) + _source(record)
+
+
+def compile_() -> str:
+    """Seconds to compile the update for GPT-2 small, and what the executable needs."""
+    record = _io.read_json(_io.RESULTS / "compile.json")
+    body = [
+        [
+            row["transformation"],
+            *(f"{row['seconds'][k]:.2f}" for k in ("trace", "lower", "compile", "total")),
+            f"{row['temporaries_over_gradient']:.2f}",
+            str(row.get("arena_copies", "-")),
+        ]
+        for row in record["results"]
+    ]
+    header = ["update", "trace s", "lower s", "compile s", "total s", "temporaries", "arena copies"]
+    return _table(header, body) + _source(record)
+
+
+def demo() -> str:
+    """The demo's outcome, and the noise between seeds of fp32."""
+    record = _io.read_json(_io.RESULTS / "train_gpt.json")
+    names = ("optax.adamw", "stquant.adamw")
+    base = record[names[0]]
+    body = [
+        [
+            name,
+            f"{run['val_loss']:.4f}",
+            f"{run['state_bytes']:,}",
+            f"{run['state_bytes'] / base['state_bytes']:.4f}",
+            f"{run['seconds_per_step']:.3f}",
+        ]
+        for name, run in ((name, record[name]) for name in names)
+    ]
+    seeds = ", ".join(f"{loss:.4f}" for loss in record["val_loss_by_seed"])
+    return (
+        _table(["optimizer", "validation loss", "state bytes", "ratio", "s per step"], body)
+        + f"\nfp32 over seeds: {seeds}. Python {record['python']}, "
+        + f"{record['corpus_bytes']:,} bytes of corpus; `benchmarks/results/train_gpt.json`."
+    )
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _source(record: dict) -> str:
+    env = record["environment"]
+    versions = ", ".join(f"{name} {env[name]}" for name in ("python", "jax", "optax"))
+    return f"\n`{env['command']}`, {env['cpu']}, {env['cores']} cores, {versions}, {env['date'][:10]}."
+
+
+def render(text: str) -> str:
+    """The README with every table between its markers made anew."""
+    for name, make in (("codec", codec), ("step", step), ("compile", compile_), ("demo", demo)):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if start not in text or end not in text:
+            raise ValueError(f"README.md lacks the markers {start} and {end}")
+        block = f"{start}\n{make()}\n{end}"
+        text = re.sub(f"{start}.*?{end}", lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a difference")
+    args = parser.parse_args()
+    old = README.read_text()
+    new = render(old)
+    if args.check and old != new:
+        sys.exit("README.md differs from the JSON under benchmarks/results: run benchmarks.tables")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
