@@ -115,7 +115,7 @@ def test_mu_error_bound(kind, seed, width, octaves):
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "sparse"])
 @pytest.mark.parametrize("octaves", [-9, -5, 0, 3, 9])
 def test_mu_keeps_the_length(width, kind, octaves):
-    """Decoded, a group is as long as it was, on average over the coin, in every part of the byte."""
+    """Decoded, a group is as long as it was on average over the coin, all over the byte."""
     e = groups(kind, 1)
     e *= (2.0**octaves / norm(e)).astype(np.float32)
     dither = np.full(e.shape, 0.3, np.float32)
