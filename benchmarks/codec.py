@@ -154,34 +154,28 @@ def measure(loop: Peer | Arena, state, steps: Tree) -> dict[str, float]:
     return {"error": error / energy, "error_m": m / energy, "error_v": v / energy}
 
 
-def lower_hull(rows: list[dict]) -> list[dict]:
-    """The rows on the convex hull of log error over bits, from the smallest to the most exact."""
-    hull = []
+def front(rows: list[dict]) -> list[dict]:
+    """The rows that no other row of as few bits beats, from the smallest to the most exact."""
+    best: list[dict] = []
     for row in sorted(rows, key=lambda row: (row["bits"], row["error"])):
-        x, y = row["bits"], np.log(row["error"])
-        while len(hull) > 1:
-            (x0, y0, _), (x1, y1, _) = hull[-2:]
-            if (x1 - x0) * (y - y0) > (x - x0) * (y1 - y0):
-                break
-            hull.pop()
-        hull.append((x, y, row))
-    best = min(y for _, y, _ in hull)
-    return [row for _, y, row in hull[: 1 + next(i for i, h in enumerate(hull) if h[1] == best)]]
+        if not best or row["error"] < best[-1]["error"]:
+            best.append(row)
+    return best
 
 
 def show(rows: list[dict], stream: str) -> Table:
-    """All formats on one stream by bits; ours on the lower hull in bold."""
-    hull = lower_hull([row for row in rows if "mu" in row]) if any("mu" in r for r in rows) else []
+    """All formats on one stream by bits; ours that none of ours beats in bold."""
+    best = front([row for row in rows if "mu" in row])
     table = Table("format", "bits", "error", "of m", "of v", title=f"update error on {stream}")
     for row in sorted(rows, key=lambda row: row["bits"]):
         errors = [f"{row[key]:.3g}" for key in ("error", "error_m", "error_v")]
-        style = "bold" if row in hull else "" if "mu" in row else "cyan"
+        style = "bold" if row in best else "" if "mu" in row else "cyan"
         table.add_row(row["format"], f"{row['bits']:.3f}", *errors, style=style)
     return table
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Error against bits, a panel per stream: ours as points and lower hull, the others named."""
+    """Error against bits, a panel per stream: ours as points and their front, the others named."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,9 +188,10 @@ def plot(rows: list[dict], path: Path) -> None:
         here = [row for row in rows if row["stream"] == name and row["format"] != "fp32"]
         ours = [row for row in here if "mu" in row]
         if ours:
-            hull = lower_hull(ours)
+            best = front(ours)
             panel.plot(*_points(ours), ".", color="lightgray", zorder=0)
-            panel.plot(*_points(hull), "o-", color="black", markersize=3, label="stquant_jax")
+            line = {"drawstyle": "steps-post", "color": "black", "markersize": 3}
+            panel.plot(*_points(best), "o-", **line, label="stquant_jax")
         for i, row in enumerate(row for row in here if "mu" not in row):
             panel.plot(*_points([row]), "Xsd^vP*"[i % 7], markersize=8, label=row["format"])
         panel.set(yscale="log", title=name, xlabel="bits per state element, all in")

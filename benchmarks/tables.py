@@ -1,7 +1,7 @@
 """Writes the README's tables from the committed JSON, between its `<!-- name -->` markers.
 
-    python -m benchmarks.tables           rewrite README.md
-    python -m benchmarks.tables --check   exit 1 if it would change
+python -m benchmarks.tables           rewrite README.md
+python -m benchmarks.tables --check   exit 1 if it would change
 """
 
 import argparse
@@ -97,7 +97,9 @@ def _table(header: list[str], body: list[list[str]]) -> str:
 def _source(record: dict) -> str:
     env = record["environment"]
     versions = ", ".join(f"{name} {env[name]}" for name in ("python", "jax", "optax"))
-    return f"\n`{env['command']}`, {env['cpu']}, {env['cores']} cores, {versions}, {env['date'][:10]}."
+    return (
+        f"\n`{env['command']}`, {env['cpu']}, {env['cores']} cores, {versions}, {env['date'][:10]}."
+    )
 
 
 def render(text: str) -> str:
@@ -115,7 +117,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a difference")
+    parser.add_argument("--check", action="store_true", help="only compare, exit 1 if not equal")
     args = parser.parse_args()
     old = README.read_text()
     new = render(old)
