@@ -82,7 +82,7 @@ class Lattice(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """Numbers of a first moment's slot: level of code c is ``(c + low + between) / high_level``."""
+    """Numbers of a first moment's slot: level of code c is ``(c + low + between) * unit``."""
 
     low: jax.Array  # smallest code, signed
     high: jax.Array  # largest code, signed
@@ -157,10 +157,9 @@ def decode_second(
     lat: Lattice,
     hold: Hold = _keep,
 ) -> Second:
-    """Second moment from codes uint32[..., 32, n], two-byte scales uint32[..., 1, n] and rows
-    float32[..., 32, 1].
+    """Second moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and rows of a tile.
 
-    ``valid`` is 1 for elements and 0 for padding, which has no energy.
+    Rows are float32[..., 32, 1]. ``valid`` is 1 for elements, 0 for padding: it has no energy.
     """
     dead = scale == 0
     base = BASE_LOWEST + (to_float(scale) - 1.0) * (1 / BASE_PER_OCTAVE)
@@ -181,9 +180,7 @@ class SecondCode(NamedTuple):
     codes: jax.Array  # float, whole
     scale: jax.Array  # uint32
     row: jax.Array  # [..., 32, 1] float, whole
-    v_used: (
-        jax.Array
-    )  # what the update divides by the root of: v shrunk to what group and row predict
+    v_used: jax.Array  # v shrunk to what group and row predict: for the update
     inverse_root: jax.Array  # 1 / sigma as decoded from the new codes
     presence: jax.Array  # [..., 1, n]: 0, 1 or NaN
 
@@ -240,6 +237,7 @@ def encode_second(
     scale = jnp.floor((base - BASE_LOWEST) * BASE_PER_OCTAVE + 1.0 + coin)
     scale = jnp.clip(scale, 1, BASE_NOT_FINITE - 1)
     rounded = BASE_LOWEST + (scale - 1.0) * (1 / BASE_PER_OCTAVE)
+    code = jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE)
 
     # James-Stein: pull to the product of the group's mean and the row's share of it.
     share = group_sum(exp2(-2.0 * depth) * valid[..., :1]) / group_sum(valid[..., :1])
@@ -249,9 +247,7 @@ def encode_second(
     log_used = log_v + lat.shrinkage * ((log_mean + log_share) - log_v)
     return SecondCode(
         codes=codes,
-        scale=jnp.where(finite, jnp.where(dead, 0, to_code(scale)), BASE_NOT_FINITE).astype(
-            jnp.uint32
-        ),
+        scale=code.astype(jnp.uint32),
         row=row,
         v_used=exp2(jnp.clip(log_used, -126.0, 127.0)),
         inverse_root=inverse / relative,
