@@ -50,6 +50,18 @@ def step() -> str:
     return _table(header, body) + _source(record)
 
 
+def profile(largest: int = 12) -> str:
+    """Where the time of one update goes, traced on one core."""
+    record = _io.read_json(_io.RESULTS / "step_profile.json")
+    (row,) = record["results"]
+    stages = sorted(row["profile"]["stages"].items(), key=lambda item: -item[1])
+    whole = sum(ns for _, ns in stages)
+    named, rest = stages[:largest], stages[largest:]
+    named.append(("all else", sum(ns for _, ns in rest)))
+    body = [[stage, f"{ns:.2f}", f"{ns / whole:.0%}"] for stage, ns in named]
+    return _table(["stage", "ns per element", "share"], body) + _source(record)
+
+
 def compile_() -> str:
     """Seconds to compile the update for GPT-2 small, and what the executable needs."""
     record = _io.read_json(_io.RESULTS / "compile.json")
@@ -84,8 +96,9 @@ def demo() -> str:
     seeds = ", ".join(f"{loss:.4f}" for loss in record["val_loss_by_seed"])
     return (
         _table(["optimizer", "validation loss", "state bytes", "ratio", "s per step"], body)
-        + f"\nfp32 over seeds: {seeds}. Python {record['python']}, "
-        + f"{record['corpus_bytes']:,} bytes of corpus; `benchmarks/results/train_gpt.json`."
+        + f"\nfp32 over seeds: {seeds}. {record['corpus_bytes']:,} bytes of corpus, "
+        + f"{record['device']}, {record['cores']} cores, python {record['python']}, "
+        + f"jax {record['jax']}, optax {record['optax']}, {record['date']}."
     )
 
 
@@ -104,7 +117,8 @@ def _source(record: dict) -> str:
 
 def render(text: str) -> str:
     """The README with every table between its markers made anew."""
-    for name, make in (("codec", codec), ("step", step), ("compile", compile_), ("demo", demo)):
+    makers = {"codec": codec, "step": step, "profile": profile, "compile": compile_, "demo": demo}
+    for name, make in makers.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if start not in text or end not in text:
             raise ValueError(f"README.md lacks the markers {start} and {end}")

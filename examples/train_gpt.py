@@ -11,10 +11,12 @@ runs start from the same weights and see the same bytes; only the optimizer diff
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
 import json
+import os
 import platform
 import statistics
 import sysconfig
@@ -274,6 +276,8 @@ def main() -> None:
     print(f"loss curves: {plot_file}")
     if json_file:
         about |= {"config": dataclasses.asdict(cfg), "val_loss_by_seed": by_seed}
+        about |= {"jax": jax.__version__, "optax": optax.__version__, "cores": os.cpu_count()}
+        about |= {"device": jax.devices()[0].device_kind, "date": str(datetime.date.today())}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(about | runs, indent=1))
 

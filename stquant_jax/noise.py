@@ -39,10 +39,14 @@ def dither(
     key = hash32(jnp.uint32(seed) ^ hash32(leaf.astype(jnp.uint32) * 2 + 1))
     rotation = step.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
     coins = hash32(group ^ hash32(key ^ jnp.uint32(0xFFFFFFFF)))
-    bits = hash32((group * 32 + element) ^ key) + rotation
+    fixed = hash32((group * 32 + element) ^ key)
+    bits = fixed + rotation
+    # mu's levels next to zero have a memory of a few steps, which rotation would turn into a bias:
+    # fresh numbers, by an odd factor of the step's own.
+    fresh = (fixed | 1) * (hash32(step.astype(jnp.uint32) ^ key) | 1)
     return Dither(
         nu=to_float(bits >> 8) * 2.0**-24,
-        mu=(to_float(bits & 0xFF) + 0.5) * 2.0**-8,
+        mu=(to_float(fresh >> 24) + 0.5) * 2.0**-8,
         nu_coin=to_float((coins + rotation) >> 8) * 2.0**-24,
         mu_coin=to_float(((coins << 16) + rotation) >> 8) * 2.0**-24,
     )

@@ -19,8 +19,8 @@ from stquant_jax.codecs import DEFAULT_WINDOW, MU_WIDTHS, NU_WIDTHS, WINDOWS
 # update's energy: convex hulls of what benchmarks/codec.py measures on its GPT and ViT streams,
 # rounded. They rank the steps of the first plan. Width 1 of nu is not on its hull: with rows, two
 # levels tell less than they disturb.
-MU_ERROR = {2: 0.32, 3: 0.116, 4: 0.034, 5: 0.0098, 6: 0.0026, 7: 0.001, 8: 0.0006}
-NU_ERROR = {0: 0.058, 2: 0.0378, 3: 0.0277, 4: 0.0176, 5: 0.0092, 6: 0.0045, 7: 0.0025, 8: 0.0012}
+MU_ERROR = {2: 0.34, 3: 0.12, 4: 0.0335, 5: 0.0084, 6: 0.0023, 7: 0.00085, 8: 0.0005}
+NU_ERROR = {0: 0.0547, 2: 0.0361, 3: 0.0268, 4: 0.0175, 5: 0.0094, 6: 0.0045, 7: 0.0023, 8: 0.0011}
 
 
 class PrecisionState(NamedTuple):

@@ -8,11 +8,12 @@ import numpy as np
 
 import stquant_jax as stquant
 
-# Every kind of leaf: exact, folded, tiled with a ragged last band, flat with a ragged end, tiled.
+# Every kind of leaf: exact, folded, tiled with a ragged last band (and a chunk and two tiles long),
+# flat with a ragged end, tiled.
 SHAPES = {
     "bias": (40,),
     "embed": (160, 64),
-    "ragged": (60, 256),
+    "ragged": (60, 640),
     "stack": (3, 3, 40, 36),
     "tile": (128, 32),
 }
@@ -23,13 +24,14 @@ def zeros(shapes=SHAPES, dtype=jnp.float32):
     return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
-def gaussian(shapes=SHAPES, seed=0, dtype=np.float32):
-    """Gaussian gradients, their scales along the first and last axis alike for every seed."""
+def gaussian(shapes=SHAPES, seed=0, spread=1.0, dtype=np.float32):
+    """Gaussian gradients; log-normal scales along the first and last axis, alike for every seed."""
     random, fixed = np.random.default_rng(seed), np.random.default_rng(1)
 
     def draw(shape):
-        rows, columns = (np.exp(fixed.standard_normal(n)) for n in (shape[0], shape[-1]))
-        rows = rows.reshape(-1, *(1,) * (len(shape) - 1))
+        ends = shape[:1], shape[-1:]
+        rows, columns = (np.exp(spread * fixed.standard_normal(n)) for n in ends)
+        rows = rows.reshape(*rows.shape, *(1,) * (len(shape) - 1))
         return (1e-3 * random.standard_normal(shape) * rows * columns).astype(dtype)
 
     return {name: draw(shape) for name, shape in shapes.items()}
@@ -42,9 +44,9 @@ def init(params, mu=5, nu=4, window=None):
     return state._replace(arena=jnp.zeros_like(widest.init(params).arena))
 
 
-def update(grads, state, b1=0.9, b2=0.999, eps=1e-8, nesterov=False):
+def update(grads, state, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, *, nesterov=False):
     """One step, compiled once for a tree: widths are data in the state, decays are traced."""
-    return _update(grads, state, np.float32([b1, b2, eps]), nesterov)
+    return _update(grads, state, np.float32([b1, b2, eps, eps_root]), nesterov)
 
 
 @partial(jax.jit, static_argnums=3)

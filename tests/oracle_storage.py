@@ -112,11 +112,13 @@ def noise(seed: int, leaf: int, step: int, group: np.ndarray) -> Noise:
     key = hash32(seed ^ int(hash32(2 * leaf + 1)))
     turn = step * 0x9E3779B9
     bits = (hash32((group * GROUP + np.arange(GROUP)[:, None]) ^ int(key)) + turn) & 0xFFFFFFFF
+    odd = bits - turn & 0xFFFFFFFF | 1
+    fresh = odd * (int(hash32(step ^ int(key))) | 1) & 0xFFFFFFFF
     coins = hash32(group ^ int(hash32(key ^ 0xFFFFFFFF)))
     first, second = (coins + turn) & 0xFFFFFFFF, ((coins << 16) + turn) & 0xFFFFFFFF
     return Noise(
         (bits >> 8) / 2**24,
-        ((bits & 0xFF) + 0.5) / 2**8,
+        ((fresh >> 24) + 0.5) / 2**8,
         (first >> 8) / 2**24,
         (second >> 8) / 2**24,
     )

@@ -1,6 +1,5 @@
 """Gradients at the ends of float32: tiny, huge, not finite."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -94,7 +93,7 @@ def test_zero_gradients(mu, nu):
 
 @pytest.mark.parametrize(("mu", "nu"), [(4, 0), (5, 4), (8, 8)])
 def test_elements_without_gradient(mu, nu):
-    """From 4 bits on, what never had a gradient has an m of zero, exactly, in a living group too."""
+    """From 4 bits on, what never had a gradient keeps an m of exactly zero among the living."""
     gradients = [gradient(seed=i) for i in range(40)]
     for g in gradients:
         g[::3] = 0
@@ -113,10 +112,3 @@ def test_elements_without_gradient_on_average(mu, nu):
     updates, _ = steps(gradients, mu, nu)
     idle = np.mean([u[::4] for u in updates[50:]], axis=0)  # over time, element by element
     assert abs(np.mean(idle)) < 5 * np.std(idle) / np.sqrt(idle.size)
-
-
-def test_bfloat16_gradients_of_any_size():
-    g = jnp.asarray(gradient(1e15), jnp.bfloat16)
-    u, _ = common.update({"w": g}, common.init({"w": g}), eps=0.0)
-    assert u["w"].dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.abs(u["w"].astype(np.float32)), 1, atol=0.25)

@@ -76,7 +76,7 @@ def test_round_trip(shape):
 def test_places(shape):
     """Groups are numbered as defined. Padding has no weight, or lies in a group with no element."""
     leaf, want = leaf_of(shape, min_size=0), oracle_storage.place(shape)
-    locate = jax.jit(lambda tile: Place.of(leaf).of_tiles(tile, leaf.tiles))
+    locate = jax.jit(lambda tile: Place.of(leaf).of_tiles(tile, leaf.tiles, leaf.ragged))
     group, valid = map(np.asarray, locate(jnp.int32(0)))
     inside = want.element >= 0
     occupied = inside.any(-2, keepdims=True)

@@ -11,7 +11,7 @@ from stquant_jax import arena, planes
 from tests import oracle_storage
 
 PACK, UNPACK = jax.jit(planes.pack), jax.jit(planes.unpack)
-READ = jax.jit(arena.read_planes, static_argnums=4)
+READ = jax.jit(arena.read_planes, static_argnums=2)
 WRITE = jax.jit(arena.write_planes)
 TILES = 3
 
@@ -70,29 +70,31 @@ def test_leading_axes(shape):
     np.testing.assert_array_equal(planes.unpack(packed), x)
 
 
-@given(codes(), st.integers(0, 5), st.integers(0, 4))
-def test_slot_in_arena(example, offset, tile):
-    """A chunk lies where the oracle looks for it, at a traced width; its neighbours stay."""
-    width, x = example
-    tiles = TILES + 4  # of the slot; the chunk begins at `tile` of them
-    before = np.random.default_rng(1).integers(0, 2**32, (offset + 8 * tiles + 3, 128), np.uint32)
-    place = jnp.int32(offset + tile), jnp.int32(width), jnp.int32(tiles)
-    after = np.asarray(WRITE(before, PACK(x), *place))
-    read = oracle_storage.read_slot(after, offset, width, tiles)
-    np.testing.assert_array_equal(read[tile : tile + TILES], x)
-    np.testing.assert_array_equal(UNPACK(READ(after, *place, TILES)), x)
-    touched = np.zeros(len(before), bool)
-    for p in range(width):
-        touched[offset + p * tiles + tile :][:TILES] = True
-    np.testing.assert_array_equal(after[~touched], before[~touched])
+def span(first, width, stride):
+    return arena.Span(*map(jnp.int32, (first, width, stride)))
 
 
-@pytest.mark.parametrize("width", [0, 8])
-def test_width_bounds(width):
-    """At width 0 nothing is read or written; at 8 every plane."""
-    before = np.random.default_rng(1).integers(0, 2**32, (8 * TILES, 128), np.uint32)
-    x = np.random.default_rng(2).integers(0, 256, (TILES, 32, 128), np.uint32)
-    place = jnp.int32(0), jnp.int32(width), jnp.int32(TILES)
-    after = WRITE(before, PACK(x), *place)
-    assert np.array_equal(after, before) == (width == 0)
-    np.testing.assert_array_equal(UNPACK(READ(after, *place, TILES)), x if width else 0 * x)
+@given(codes(), st.integers(0, 8), st.integers(0, 5), st.integers(0, 4))
+def test_slots_in_arena(example, width, offset, tile):
+    """Chunks of two slots lie where the oracle looks for them; all around them stays.
+
+    Widths are traced. The second may be 0, where nothing is read or written.
+    """
+    first_width, x = example
+    y = np.asarray(x)[::-1] & np.uint32(2**width - 1)
+    tiles = TILES + 4  # of a slot; the chunk begins at `tile` of them
+    second = offset + first_width * tiles
+    before = np.random.default_rng(1).integers(0, 2**32, (offset + 16 * tiles + 3, 128), np.uint32)
+    spans = [span(offset + tile, first_width, tiles), span(second + tile, width, tiles)]
+    after = np.asarray(WRITE(before, spans, [PACK(x), PACK(y)]))
+
+    kept = np.ones(len(before), bool)
+    for start, slot_width, codes_, place in zip(
+        (offset, second), (first_width, width), (x, y), spans, strict=True
+    ):
+        read = oracle_storage.read_slot(after, start, slot_width, tiles)
+        np.testing.assert_array_equal(read[tile : tile + TILES], codes_)
+        np.testing.assert_array_equal(UNPACK(READ(after, place, TILES)), codes_)
+        for p in range(slot_width):
+            kept[start + p * tiles + tile :][:TILES] = False
+    np.testing.assert_array_equal(after[kept], before[kept])

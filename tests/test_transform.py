@@ -1,0 +1,181 @@
+"""The state goes through jit, scan, donation and Optax's wrappers like any other."""
+
+import functools
+import re
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stquant_jax as stquant
+from tests import common
+
+TX = stquant.scale_by_adam_q(precision=stquant.Fixed(5, 4))
+SMALL = {"bias": (40,), "tile": (128, 32)}
+MODEL = {f"w{i}": (256, 1024 + 128 * i) for i in range(3)} | {"bias": (1024,)}
+
+
+def test_scan_equals_steps():
+    """Steps under `lax.scan` are the same steps, bit for bit."""
+
+    def step(state, i):
+        shapes = SMALL.items()
+        g = {name: jax.random.normal(jax.random.key(i), shape) for name, shape in shapes}
+        updates, state = TX.update(g, state)
+        return state, updates
+
+    steps, state = jnp.arange(1000), TX.init(common.zeros(SMALL))
+    scanned, updates = jax.jit(lambda state: jax.lax.scan(step, state, steps))(state)
+    jitted = jax.jit(step)
+    for i in steps:
+        state, last = jitted(state, i)
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x, y[i]), last, updates)
+    jax.tree.map(np.testing.assert_array_equal, state, scanned)
+
+
+def test_one_compilation():
+    """Neither a second step nor other widths compile again."""
+    step = jax.jit(chex.assert_max_traces(TX.update, n=1))
+    state = TX.init(common.zeros(SMALL))
+    for i in range(3):
+        _, state = step(common.gaussian(SMALL, i), state)
+    narrow = state.precision._replace(widths=state.precision.widths - 1)
+    step(common.gaussian(SMALL), state._replace(precision=narrow))
+    assert step._cache_size() == 1
+
+
+@functools.cache
+def compiled():
+    params = common.zeros(MODEL)
+    step = jax.jit(TX.update, donate_argnums=(0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # 'Some donated buffers were not usable'
+        return step.lower(params, TX.init(params)).compile()
+
+
+def test_donation():
+    """The state is updated in place: every byte of it aliases."""
+    state = TX.init(common.zeros(MODEL))
+    assert compiled().memory_analysis().alias_size_in_bytes >= common.nbytes(state)
+
+
+def test_temporaries():
+    params = common.zeros(MODEL)
+    assert compiled().memory_analysis().temp_size_in_bytes <= 2 * common.nbytes(params)
+
+
+@pytest.mark.parametrize("name", ["arena", "mu_scale", "nu_scale", "nu_row"])
+def test_no_copies(name):
+    """Of the arena and the scales: XLA would copy what is read after it was written."""
+    x, text = getattr(TX.init(common.zeros(MODEL)), name), compiled().as_text()
+    dtype = {"uint32": "u32", "uint16": "u16", "uint8": "u8"}[x.dtype.name]
+    shape = re.escape(f"{dtype}[{','.join(map(str, x.shape))}]")
+    assert re.search(rf"= {shape}\S* (parameter|get-tuple-element)\(", text)  # as it is spelled
+    assert not re.findall(rf"= {shape}\S* copy\(.*", text)
+
+
+def test_shapes_alone():
+    """`init` needs no values: `eval_shape` gives the state's shapes. All of it is arrays."""
+    params = common.zeros()
+    abstract = jax.eval_shape(TX.init, jax.eval_shape(lambda: params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, TX.init(params))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(TX.init(params)))
+
+
+def test_ensemble():
+    """Under vmap each member is what it is alone."""
+    members = [common.gaussian(SMALL, seed=i) for i in range(3)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *members)
+    together = jax.jit(jax.vmap(TX.update))(stack, jax.vmap(TX.init)(stack))
+    step = jax.jit(TX.update)
+    for i, g in enumerate(members):
+        updates, state = jax.tree.map(lambda x, i=i: x[i], together)
+        want, alone = step(g, TX.init(g))
+        chex.assert_trees_all_close(updates, want, rtol=1e-5)
+        assert state.count == alone.count == 1
+        assert np.mean(np.asarray(state.nu_scale) != alone.nu_scale) < 0.02
+
+
+# --- Optax's wrappers ---
+
+PARAMS = {"tile": jnp.ones((128, 32)), "bias": jnp.ones(40)}
+GRADS = jax.tree.map(lambda x: 0.1 * x, PARAMS)
+CLOSE = {"rtol": 0.02}  # a row that moves puts 1/32 octave between its elements and the others
+
+
+def two_steps(tx):
+    state, step = tx.init(PARAMS), jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = step(GRADS, state, PARAMS)
+    return updates, state, step
+
+
+def test_chain():
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        TX,
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(1e-2),
+    )
+    updates, state, _ = two_steps(tx)
+    np.testing.assert_allclose(updates["tile"], -1e-2 * 1.1, **CLOSE)
+    assert optax.tree_utils.tree_get(state, "count") == 2
+    assert optax.tree_utils.tree_get(state, "arena").dtype == jnp.uint32
+
+
+def test_multi_steps():
+    """A mini-step that only accumulates changes no bit of the state."""
+    tx = optax.MultiSteps(TX, 2).gradient_transformation()
+    state, step = tx.init(PARAMS), jax.jit(tx.update)
+    updates, half = step(GRADS, state, PARAMS)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, half.inner_opt_state, state.inner_opt_state)
+    updates, state = step(GRADS, half, PARAMS)
+    assert state.inner_opt_state.count == 1
+    np.testing.assert_allclose(updates["tile"], 1, **CLOSE)
+
+
+def test_inject_hyperparams():
+    """Policies and storage are no numbers, so they need not be named static."""
+    make = optax.inject_hyperparams(stquant.adamw, hyperparam_dtype=jnp.float32)
+    tx = make(1e-2, b1=0.8, weight_decay=0.0, precision=stquant.Fixed(5, 4))
+    updates, state, step = two_steps(tx)
+    np.testing.assert_allclose(updates["tile"], -1e-2, **CLOSE)
+    state.hyperparams["learning_rate"] = jnp.float32(2e-2)
+    updates, _ = step(GRADS, state, PARAMS)
+    np.testing.assert_allclose(updates["tile"], -2e-2, **CLOSE)
+
+
+def test_masked():
+    """Leaves masked out pass as they are, and take no state."""
+    tx = optax.masked(TX, {"tile": True, "bias": False})
+    updates, state, _ = two_steps(tx)
+    np.testing.assert_array_equal(updates["bias"], GRADS["bias"])
+    assert state.inner_state.exact.size == 0
+    updates, _, _ = two_steps(optax.masked(TX, {"tile": False, "bias": False}))
+    jax.tree.map(np.testing.assert_array_equal, updates, GRADS)
+
+
+def test_apply_if_finite():
+    """A bad step is undone, bit for bit, and counted."""
+    _, state, step = two_steps(optax.apply_if_finite(TX, max_consecutive_errors=3))
+    bad = GRADS | {"tile": GRADS["tile"].at[0, 0].set(jnp.nan)}
+    updates, after = step(bad, state, PARAMS)
+    assert not any(np.any(x) for x in jax.tree.leaves(updates))
+    assert after.notfinite_count == 1
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+
+
+ODD_TREES = [{}, {"empty": jnp.zeros((0, 3))}, jnp.zeros(()), jnp.ones((64, 64)), [None, ()]]
+
+
+@pytest.mark.parametrize("tree", ODD_TREES, ids=["none", "empty", "scalar", "bare", "hollow"])
+def test_odd_trees(tree):
+    """No leaves, none that is quantized, an array without a tree."""
+    updates, state = jax.jit(TX.update)(tree, TX.init(tree))
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
+    assert state.count == 1
