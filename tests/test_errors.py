@@ -1,0 +1,129 @@
+"""Every message names the argument, the value it got, and what is accepted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stquant_jax as stquant
+from stquant_jax import Budget, Fixed, Storage, scale_by_adam_q
+from tests import common
+
+TX = scale_by_adam_q(precision=Fixed(5, 4))
+PARAMS = common.zeros({"tile": (128, 32), "bias": (40,)})
+
+# What is called, and what its message must hold.
+ARGUMENTS = [
+    (lambda: Fixed(mu=1), "mu=1", "from 2 to 8"),
+    (lambda: Fixed(mu=9), "mu=9", "from 2 to 8"),
+    (lambda: Fixed(mu=4.5), "mu=4.5", "integer"),
+    (lambda: Fixed(mu=True), "mu=True", "integer"),
+    (lambda: Fixed(nu=-1), "nu=-1", "from 0 to 8"),
+    (lambda: Fixed(nu=9), "nu=9", "from 0 to 8"),
+    (lambda: Fixed(window=5), "window=5", "1, 2, 3, 4, 6, 8"),
+    (lambda: Budget(0), "bits=0", "above 0"),
+    (lambda: Budget(-1.0), "bits=-1.0", "above 0"),
+    (lambda: Budget(33), "bits=33", "at most 32"),
+    (lambda: Budget(float("nan")), "bits=nan", "above 0"),
+    (lambda: Budget("5"), "bits='5'", "number"),
+    (lambda: Storage(min_size=-1), "min_size=-1", "at least 0"),
+    (lambda: Storage(min_size=0.5), "min_size=0.5", "integer"),
+    (lambda: Storage(row_alignment=0), "row_alignment=0", "at least 1"),
+    (lambda: Storage(seed=-1), "seed=-1", "at least 0"),
+    (lambda: Storage(seed=2**32), f"seed={2**32}", "below 2**32"),
+    (lambda: Storage(backend="cuda"), "backend='cuda'", "'xla'"),
+    (lambda: scale_by_adam_q(b1=1.0), "b1=1.0", "0 <= b1 < 1"),
+    (lambda: scale_by_adam_q(b1=-0.1), "b1=-0.1", "0 <= b1 < 1"),
+    (lambda: scale_by_adam_q(b2=1), "b2=1", "0 <= b2 < 1"),
+    (lambda: scale_by_adam_q(b2=1 - 1e-9), "b2=0.999999999", "float32"),
+    (lambda: scale_by_adam_q(eps=-1e-8), "eps=-1e-08", "at least 0"),
+    (lambda: scale_by_adam_q(eps=np.inf), "eps=inf", "finite"),
+    (lambda: scale_by_adam_q(eps_root=np.nan), "eps_root=nan", "finite"),
+    (lambda: scale_by_adam_q(b1=0.999, b2=0.99), "b1=0.999 with b2=0.99", "b1**2 < b2"),
+    (lambda: scale_by_adam_q(b1=0.0, b2=0.999999), "b2=0.999999", "at most 256"),
+    (lambda: scale_by_adam_q(b1=jnp.bfloat16(0.9)), "b1 arrived as bfloat16", "float32"),
+    (lambda: scale_by_adam_q(b2=np.float16(0.999)), "b2 arrived as float16", "float32"),
+    (lambda: scale_by_adam_q(b1=jnp.ones(2)), "b1 has shape (2,)", "scalar"),
+    (lambda: scale_by_adam_q(precision=5.0), "precision=5.0", "stquant.Budget"),
+    (lambda: scale_by_adam_q(storage="xla"), "storage='xla'", "stquant.Storage"),
+    (lambda: scale_by_adam_q(storage=Storage(backend="pallas_tpu")), "pallas_tpu", "'xla'"),
+    (lambda: scale_by_adam_q(storage=Storage(backend="pallas_gpu")), "pallas_gpu", "'xla'"),
+    (lambda: stquant.adamw(1e-3, b1=2.0), "b1=2.0", "0 <= b1 < 1"),
+    (lambda: stquant.plan(PARAMS, precision=4), "precision=4", "stquant.Fixed"),
+    (lambda: stquant.plan(PARAMS, Budget(0.5)), "bits=0.5", "smallest budget that fits"),
+]
+
+
+@pytest.mark.parametrize(("call", "got", "accepted"), ARGUMENTS, ids=[x[1] for x in ARGUMENTS])
+def test_arguments(call, got, accepted):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert got in str(error.value)
+    assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "got"),
+    [
+        (jnp.zeros((64, 64), jnp.int32), "dtype int32"),
+        (jnp.zeros((64, 64), jnp.complex64), "dtype complex64"),
+        (jnp.zeros(3, bool), "dtype bool"),
+        (0.5, "is float"),
+        ("text", "is str"),
+    ],
+)
+@pytest.mark.parametrize("call", [TX.init, stquant.plan], ids=["init", "plan"])
+def test_leaves(call, leaf, got):
+    """The path says which one."""
+    with pytest.raises(ValueError) as error:
+        call({"layer": [jnp.zeros(4), leaf]})
+    assert "'layer.1'" in str(error.value)
+    assert got in str(error.value)
+    assert "expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tile": (128, 64), "bias": (40,)},
+        {"tile": (128, 32), "bias": (41,)},
+        {"tile": (128, 32)},
+        {"tile": (128, 32), "bias": (40,), "more": (64, 64)},
+    ],
+    ids=str,
+)
+def test_gradients_of_another_model(other):
+    with pytest.raises(ValueError, match="expected gradients of the tree and shapes given to init"):
+        TX.update(common.zeros(other), TX.init(PARAMS))
+
+
+@pytest.mark.parametrize("storage", [Storage(row_alignment=8), Storage(min_size=0)])
+def test_state_of_another_storage(storage):
+    state = TX.init(PARAMS)
+    with pytest.raises(ValueError, match="the same storage"):
+        scale_by_adam_q(precision=Fixed(5, 4), storage=storage).update(PARAMS, state)
+    with pytest.raises(ValueError, match="the same storage"):
+        stquant.report(state, PARAMS, storage)
+    with pytest.raises(ValueError, match="the same storage"):
+        stquant.to_optax(state, PARAMS, storage)
+
+
+def test_state_of_another_kind():
+    state = optax.scale_by_adam().init(PARAMS)
+    for call in (TX.update, lambda g, s: stquant.report(s, g), lambda g, s: stquant.to_optax(s, g)):
+        with pytest.raises(ValueError, match="state is ScaleByAdamState: expected"):
+            call(PARAMS, state)
+
+
+def test_traced_state():
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda state: stquant.report(state, PARAMS) and 0)(TX.init(PARAMS))
+
+
+def test_low_precision_hyperparameters():
+    """`inject_hyperparams` casts to the parameters' dtype, where 0.999 is 1: said, not done."""
+    params = common.zeros({"w": (64, 64)}, jnp.bfloat16)
+    tx = optax.inject_hyperparams(stquant.adamw)(1e-3, precision=Fixed(5, 4))
+    with pytest.raises(ValueError, match="hyperparam_dtype=jnp.float32"):
+        tx.update(params, tx.init(params), params)

@@ -1,0 +1,119 @@
+"""What `plan` promises is what `report` finds and what the state holds, to the byte."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stquant_jax as stquant
+from tests import common
+
+PARAMS = common.zeros(common.SHAPES | {"empty": (0, 3), "scalar": ()})
+POLICIES = [stquant.Budget(5.0), stquant.Budget(8.0), stquant.Fixed(2, 0), stquant.Fixed(8, 8)]
+STORAGES = [
+    stquant.Storage(),
+    stquant.Storage(row_alignment=8),
+    stquant.Storage(min_size=0),
+    stquant.Storage(min_size=12_000),
+]
+
+
+@pytest.mark.parametrize("precision", POLICIES, ids=str)
+@pytest.mark.parametrize("storage", STORAGES, ids=["plain", "aligned", "all", "few"])
+def test_bytes(precision, storage):
+    tx = stquant.scale_by_adam_q(precision=precision, storage=storage)
+    try:
+        state = tx.init(PARAMS)
+    except ValueError as error:
+        assert "below the floor" in str(error)
+        with pytest.raises(ValueError, match="below the floor"):
+            stquant.plan(PARAMS, precision, storage)
+        return
+    planned = stquant.plan(PARAMS, precision, storage)
+    assert planned == stquant.report(state, PARAMS, storage)
+    assert planned.total_bytes == common.nbytes(state)
+    parts = sum(leaf.bytes for leaf in planned.leaves)
+    assert parts + planned.schedule_bytes + planned.free_bytes == planned.total_bytes
+    elements = sum(x.size for x in jax.tree.leaves(PARAMS))
+    assert planned.reference_bytes == 8 * elements + 4
+    assert planned.bits == pytest.approx(32 * common.nbytes(state) / planned.reference_bytes)
+
+
+def test_shapes_suffice():
+    """Neither needs the parameters' values; `plan` not even a device."""
+    shapes = jax.eval_shape(lambda: PARAMS)
+    precision = stquant.Fixed(5, 4)
+    state = stquant.scale_by_adam_q(precision=precision).init(PARAMS)
+    assert stquant.plan(shapes, precision) == stquant.plan(PARAMS, precision)
+    assert stquant.report(state, shapes) == stquant.report(state, PARAMS)
+
+
+def test_every_leaf_is_named():
+    """With its format, why it has it, and its bits; exact ones above all."""
+    report = stquant.plan(PARAMS, stquant.Fixed(5, 4))
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    assert list(leaves) == sorted(PARAMS)
+    kinds = {name: leaf.kind for name, leaf in leaves.items()}
+    assert kinds == {
+        "bias": "exact",
+        "embed": "folded",
+        "empty": "exact",
+        "ragged": "tiled",
+        "scalar": "exact",
+        "stack": "flat",
+        "tile": "tiled",
+    }
+    for name, leaf in leaves.items():
+        assert leaf.shape == PARAMS[name].shape
+        assert leaf.reason
+        widths = (32, 32) if leaf.kind == "exact" else (5, 4)
+        assert (leaf.mu_width, leaf.nu_width) == widths
+        elements = 2 * max(PARAMS[name].size, 1)
+        assert leaf.bits == pytest.approx(8 * leaf.bytes / elements)
+    assert "min_size=4096" in leaves["bias"].reason
+    assert leaves["tile"].bytes == 4096 * (5 + 4) // 8 + 128 * 3 + 32
+    assert leaves["bias"].bytes == 2 * 4 * 40
+
+
+@pytest.mark.parametrize("render", [str, stquant.plan(PARAMS, POLICIES[1]).__class__.markdown])
+def test_tables(render):
+    report = stquant.plan(PARAMS, stquant.Budget(8.0))
+    text = render(report)
+    for leaf in report.leaves:
+        assert leaf.path in text
+    assert f"{report.total_bytes:,}" in text and "160x64" in text and "backend xla" in text
+
+
+def test_markdown():
+    """A table of eight columns: every leaf, the schedule, what is free, the total."""
+    lines = stquant.plan(PARAMS, stquant.Fixed(5, 4)).markdown().splitlines()
+    assert len(lines) == 2 + len(PARAMS) + 3
+    assert {line.count("|") for line in lines} == {9}
+    assert lines[1].replace(" ", "") == "|---" * 8 + "|"
+    assert lines[2].startswith("| bias | 40 | exact | f32 | f32 | 320 | 32.00 |")
+
+
+def test_report_follows_the_state():
+    """It reads widths where they live."""
+    tx = stquant.scale_by_adam_q(precision=stquant.Fixed(5, 4))
+    state = tx.init(PARAMS)
+    widths = state.precision.widths.at[0].add(-1)
+    narrow = state._replace(precision=state.precision._replace(widths=widths))
+    report = stquant.report(narrow, PARAMS)
+    assert [leaf.mu_width for leaf in report.leaves if leaf.kind != "exact"] == [4, 5, 5, 5]
+    assert report.total_bytes == common.nbytes(state)
+    assert report.free_bytes == 3 * 512  # a plane of embed's three tiles
+
+
+def test_optax_state():
+    """`to_optax` has Optax's structure, and its moments are the update's."""
+    tx = stquant.scale_by_adam_q(precision=stquant.Fixed(8, 8))
+    params = common.zeros(common.TILE)
+    g = common.gaussian(common.TILE, spread=0.2)
+    _, state = jax.jit(tx.update)(g, tx.init(params))
+    moments = stquant.to_optax(state, params)
+    assert moments._fields == ("count", "mu", "nu")
+    assert jax.tree.structure(moments.mu) == jax.tree.structure(params)
+    assert moments.mu["tile"].dtype == jnp.float32
+    error = np.linalg.norm(moments.mu["tile"] - 0.1 * g["tile"])
+    assert error < 0.02 * np.linalg.norm(0.1 * g["tile"])

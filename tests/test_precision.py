@@ -1,0 +1,145 @@
+"""Policies: the bytes asked for are the bytes of the state, and they are all used."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stquant_jax as stquant
+from stquant_jax.precision import MU_ERROR, NU_ERROR
+
+TREES = {
+    "one matrix": {"w": (512, 512)},
+    "transformer": {
+        "embed": (256, 128),
+        "qkv": (128, 384),
+        "out": (128, 128),
+        "up": (128, 512),
+        "down": (512, 128),
+        "norm": (128,),
+        "bias": (512,),
+    },
+    "ragged": {"conv": (3, 3, 60, 70), "dense": (1000, 130), "head": (257, 129), "bias": (1000,)},
+}
+BITS = (2.5, 3.0, 4.0, 5.0, 6.4, 8.0)
+
+
+def shapes_of(tree):
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in tree.items()}
+
+
+def state_of(tree, precision, **storage):
+    """Shapes of the state: nothing is allocated."""
+    storage = stquant.Storage(**storage)
+    tx = stquant.scale_by_adam_q(precision=precision, storage=storage)
+    return jax.eval_shape(tx.init, shapes_of(tree))
+
+
+def nbytes(state):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def reference_bytes(tree):
+    """Of `optax.scale_by_adam`: a count and two float32 moments."""
+    return 4 + 8 * sum(int(np.prod(shape)) for shape in tree.values())
+
+
+def widths_of(tree, precision):
+    """{leaf: (mu, nu)} of the quantized leaves."""
+    leaves = stquant.plan(shapes_of(tree), precision).leaves
+    return {leaf.path: (leaf.mu_width, leaf.nu_width) for leaf in leaves if leaf.kind != "exact"}
+
+
+def smallest(tree, bits=0.1, **storage):
+    """The budget that the error names."""
+    with pytest.raises(ValueError, match=re.escape(f"Budget(bits={bits})")) as error:
+        state_of(tree, stquant.Budget(bits), **storage)
+    return float(re.search(r"parameters is ([\d.]+) bits", str(error.value))[1])
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_budget_is_kept(tree, bits, alignment):
+    """Every byte counts: planes, scales, exact leaves, schedule, padding."""
+    try:
+        state = state_of(tree, stquant.Budget(bits), row_alignment=alignment)
+    except ValueError:
+        assert bits < smallest(tree, row_alignment=alignment)
+        return
+    assert nbytes(state) <= bits / 32 * reference_bytes(tree)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("bits", [4.0, 5.0, 6.4])
+def test_budget_is_used(tree, bits):
+    """What is left over widens nothing, or every slot is at its widest."""
+    plan = stquant.plan(shapes_of(tree), stquant.Budget(bits))
+    widths = widths_of(tree, stquant.Budget(bits))
+    tiles = [-(-int(np.prod(tree[name])) // 4096) for name in widths]  # at least
+    # The steps of nu skip a width, 0 to 2.
+    assert plan.free_bytes < 2 * 512 * max(tiles) + 512
+    assert all(2 <= mu <= 8 and 0 <= nu <= 8 for mu, nu in widths.values())
+
+
+def test_plan_near_five_bits():
+    tree = TREES["one matrix"]
+    assert widths_of(tree, stquant.Budget(5.0)) == {"w": (5, 4)}
+    assert widths_of(tree, stquant.Budget(32)) == {"w": (8, 8)}
+    assert widths_of(tree, stquant.Budget(smallest(tree))) == {"w": (2, 0)}
+
+
+def test_more_bits_less_error():
+    """By the constants that rank the plans, which fall with the width."""
+    for errors in (MU_ERROR, NU_ERROR):
+        assert list(errors.values()) == sorted(errors.values(), reverse=True)
+        assert list(errors) == sorted(errors)
+    cost = []
+    for bits in np.arange(2.5, 9, 0.25):
+        widths = widths_of(TREES["one matrix"], stquant.Budget(float(bits)))["w"]
+        cost.append(MU_ERROR[widths[0]] + NU_ERROR[widths[1]])
+    assert cost == sorted(cost, reverse=True)
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(1, 300), min_size=1, max_size=3).map(tuple), min_size=1, max_size=5
+    )
+)
+def test_floor(shapes):
+    """The error names the smallest budget that fits, and it does fit."""
+    tree = {str(i): shape for i, shape in enumerate(shapes)}
+    bits = smallest(tree)
+    state = state_of(tree, stquant.Budget(bits))
+    assert nbytes(state) <= bits / 32 * reference_bytes(tree)
+    if bits > 0.002:
+        smallest(tree, round(bits - 0.002, 4))
+
+
+@pytest.mark.parametrize("mu", [2, 5, 8])
+@pytest.mark.parametrize("nu", [0, 1, 8])
+@pytest.mark.parametrize("window", [None, 1, 8])
+def test_fixed(mu, nu, window):
+    """The widths named, in every slot, in an arena of just their rows."""
+    tree = TREES["transformer"]
+    tx = stquant.scale_by_adam_q(precision=stquant.Fixed(mu, nu, window))
+    state = tx.init({name: jnp.zeros(shape) for name, shape in tree.items()})
+    widths = np.asarray(state.precision.widths).reshape(-1, 2)
+    assert np.all(widths == [mu, nu])
+    assert state.arena.shape == ((mu + nu) * state.mu_scale.shape[0], 128)
+    windows = np.asarray(state.precision.windows).reshape(-1, 2)
+    assert np.all(windows[:, 0] == 0) and len(set(windows[:, 1])) == 1
+    if window:
+        assert windows[0, 1] == window
+
+
+def test_policies_are_values():
+    """Frozen and hashable, equal when alike: they can be static arguments."""
+    assert stquant.Budget(5.0) == stquant.Budget(5.0) != stquant.Budget(4.0)
+    assert len({stquant.Fixed(5, 4), stquant.Fixed(5, 4), stquant.Fixed(5, 4, 3)}) == 2
+    with pytest.raises(AttributeError):
+        stquant.Budget(5.0).bits = 4.0
