@@ -45,6 +45,7 @@ def step() -> str:
             f"{row['ratio']:.2f}",
         ]
         for row in record["results"]
+        if row["shapes"] == "gpt2" or row["precision"].startswith("budget")
     ]
     header = ["shapes", "cores", "precision", "ns per element", "Optax fp32", "ratio"]
     return _table(header, body) + _source(record)
@@ -109,10 +110,10 @@ def _table(header: list[str], body: list[list[str]]) -> str:
 
 def _source(record: dict) -> str:
     env = record["environment"]
+    command = " ".join(env["command"].split()[:3])
     versions = ", ".join(f"{name} {env[name]}" for name in ("python", "jax", "optax"))
-    return (
-        f"\n`{env['command']}`, {env['cpu']}, {env['cores']} cores, {versions}, {env['date'][:10]}."
-    )
+    machine = f"{env['cpu']}, {env['cores']} cores"
+    return f"\n`{command}`, {machine}, {versions}, {env['date'][:10]}."
 
 
 def render(text: str) -> str:
