@@ -36,10 +36,6 @@ import jax.numpy as jnp
 from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
 from stquant_jax.planes import GROUP
 
-MU_WIDTHS = (2, 8)
-NU_WIDTHS = (0, 8)
-WINDOWS = (1, 2, 3, 4, 6, 8)
-
 # Second moment: log2 sigma over the 128 octaves whose squares are float32 numbers, two bytes.
 BASE_PER_OCTAVE = 512
 BASE_LOWEST = -63.0
@@ -64,8 +60,6 @@ _ROW_GAIN = 0.25  # of a row's distance from its tile that it makes up at once
 # store): lattice noise over lattice noise plus true spread (James and Stein), measured in the
 # closed loop. By width, 0..8.
 SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
-# The window that served best in the closed loop, by width.
-DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
 # Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
 _REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
 

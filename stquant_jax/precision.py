@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stquant_jax.codecs import DEFAULT_WINDOW, MU_WIDTHS, NU_WIDTHS, WINDOWS
+MU_WIDTHS = (2, 8)  # bits of a code, from and to
+NU_WIDTHS = (0, 8)
+WINDOWS = (1, 2, 3, 4, 6, 8)  # octaves
+# The window of nu that served best in the closed loop, by width.
+DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
 
 # Squared error of the update that a moment costs in the closed loop at each width, over the
 # update's energy: convex hulls of what benchmarks/codec.py measures on its GPT and ViT streams,

@@ -13,7 +13,7 @@ PACKAGE = "stquant_jax"
 
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
-    {"numerics", "planes", "widths"},
+    {"numerics", "planes"},
     {"layout", "noise"},
     {"places", "codecs", "arena"},
     {"rules", "precision"},
@@ -41,7 +41,7 @@ def imports(path: Path) -> set[str]:
 
 
 def module_of(path: Path) -> str:
-    """The module of the package, or the folder in it, that a file or an imported name belongs to."""
+    """The module of the package, or the folder in it, that a file belongs to."""
     return path.relative_to(ROOT / PACKAGE).with_suffix("").parts[0]
 
 

@@ -1,6 +1,5 @@
 """The state goes through jit, scan, donation and Optax's wrappers like any other."""
 
-import functools
 import re
 import warnings
 
@@ -48,34 +47,24 @@ def test_one_compilation():
     assert step._cache_size() == 1
 
 
-@functools.cache
-def compiled():
+def test_in_place():
+    """With donation every byte of the state aliases, and nothing of it is copied.
+
+    XLA would copy what is read after it was written.
+    """
     params = common.zeros(MODEL)
-    step = jax.jit(TX.update, donate_argnums=(0, 1))
+    state, step = TX.init(params), jax.jit(TX.update, donate_argnums=(0, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # 'Some donated buffers were not usable'
-        return step.lower(params, TX.init(params)).compile()
-
-
-def test_donation():
-    """The state is updated in place: every byte of it aliases."""
-    state = TX.init(common.zeros(MODEL))
-    assert compiled().memory_analysis().alias_size_in_bytes >= common.nbytes(state)
-
-
-def test_temporaries():
-    params = common.zeros(MODEL)
-    assert compiled().memory_analysis().temp_size_in_bytes <= 2 * common.nbytes(params)
-
-
-@pytest.mark.parametrize("name", ["arena", "mu_scale", "nu_scale", "nu_row"])
-def test_no_copies(name):
-    """Of the arena and the scales: XLA would copy what is read after it was written."""
-    x, text = getattr(TX.init(common.zeros(MODEL)), name), compiled().as_text()
-    dtype = {"uint32": "u32", "uint16": "u16", "uint8": "u8"}[x.dtype.name]
-    shape = re.escape(f"{dtype}[{','.join(map(str, x.shape))}]")
-    assert re.search(rf"= {shape}\S* (parameter|get-tuple-element)\(", text)  # as it is spelled
-    assert not re.findall(rf"= {shape}\S* copy\(.*", text)
+        program = step.lower(params, state).compile()
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory.alias_size_in_bytes >= common.nbytes(state)
+    assert memory.temp_size_in_bytes <= 2 * common.nbytes(params)
+    for x in (state.arena, state.mu_scale, state.nu_scale, state.nu_row):
+        dtype = {"uint32": "u32", "uint16": "u16", "uint8": "u8"}[x.dtype.name]
+        shape = re.escape(f"{dtype}[{','.join(map(str, x.shape))}]")
+        assert re.search(rf"= {shape}\S* (parameter|get-tuple-element)\(", text)  # is it spelled so
+        assert not re.findall(rf"= {shape}\S* copy\(.*", text)
 
 
 def test_shapes_alone():
