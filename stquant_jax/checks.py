@@ -16,7 +16,8 @@ def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
     """Raise ValueError on a hyperparameter out of range, if its value is known when tracing."""
     for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)):
         dtype = getattr(value, "dtype", None)
-        if dtype is not None and jnp.finfo(jnp.promote_types(dtype, jnp.bfloat16)).bits < 32:
+        coarse = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if coarse and jnp.finfo(dtype).bits < 32:
             raise ValueError(
                 f"{name} arrived as {jnp.dtype(dtype).name}, in which 0.999 rounds to 1: expected "
                 "float32 or a Python number; with optax.inject_hyperparams pass "

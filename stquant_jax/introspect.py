@@ -142,8 +142,8 @@ def plan(params: Any, precision: Policy = Budget(5.0), storage: Storage = Storag
     tiles = rows.slot_tiles(layout)
     schedule = rows.schedule_bytes(layout)
     capacity = precision.rows(tiles, rows.fixed_bytes(layout), rows.reference_bytes(layout))
-    widths = precision.first_plan(tiles, capacity).widths
-    return _report(layout, np.asarray(widths), capacity, schedule, storage)
+    widths, _ = precision.first_plan(tiles, capacity)
+    return _report(layout, widths, capacity, schedule, storage)
 
 
 def report(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()) -> Report:  # noqa: B008

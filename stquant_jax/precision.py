@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 MU_WIDTHS = (2, 8)  # bits of a code, from and to
@@ -34,6 +33,9 @@ class PrecisionState(NamedTuple):
     windows: jax.Array  # int32[slots]: octaves, 0 for mu
 
 
+Plan = tuple[np.ndarray, np.ndarray]  # widths and windows, int32[slots], on the host
+
+
 class Policy(Protocol):
     """What a policy offers. Tiles are those of each slot, int[slots]; bytes of the whole state."""
 
@@ -41,8 +43,8 @@ class Policy(Protocol):
         """Rows of the arena."""
         ...
 
-    def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
-        """Widths and windows to start with; NumPy arrays."""
+    def first_plan(self, tiles: np.ndarray, rows: int) -> Plan:
+        """Widths and windows to start with."""
         ...
 
 
@@ -74,7 +76,7 @@ class Fixed:
     def rows(self, tiles: np.ndarray, fixed_bytes: int, reference_bytes: int) -> int:
         return int(np.sum(tiles * self._widths(tiles)))
 
-    def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
+    def first_plan(self, tiles: np.ndarray, rows: int) -> Plan:
         return _plan(self._widths(tiles), self.window)
 
     def _widths(self, tiles: np.ndarray) -> np.ndarray:
@@ -112,15 +114,17 @@ class Budget:
         rows = int((self.bits / 32 * reference_bytes - fixed_bytes) // 512)
         floor = int(np.sum(tiles * _floor(tiles)))
         if rows < floor:
-            smallest = 32 * (fixed_bytes + 512 * floor) / reference_bytes
+            smallest = np.ceil(32 * (fixed_bytes + 512 * floor) / reference_bytes * 1000) / 1000
+            advice = "; raise Storage(min_size=...), small leaves fill whole tiles"
             raise ValueError(
                 f"Budget(bits={self.bits}) is below the floor: the smallest budget that fits these "
-                f"parameters is {np.ceil(smallest * 1000) / 1000:g} bits per state element (mu at "
-                f"{MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales and exact leaves included)"
+                f"parameters is {smallest:g} bits per state element (mu at {MU_WIDTHS[0]} bits, nu "
+                f"at {NU_WIDTHS[0]}, scales and exact leaves included)"
+                f"{advice if smallest > 32 else ''}"
             )
         return min(rows, int(np.sum(tiles)) * MU_WIDTHS[1])
 
-    def first_plan(self, tiles: np.ndarray, rows: int) -> PrecisionState:
+    def first_plan(self, tiles: np.ndarray, rows: int) -> Plan:
         widths = _floor(tiles)
         kind = np.arange(len(tiles)) % 2
         free = rows - int(np.sum(tiles * widths))
@@ -148,7 +152,7 @@ def _floor(tiles: np.ndarray) -> np.ndarray:
     return np.tile(np.array([MU_WIDTHS[0], NU_WIDTHS[0]]), len(tiles) // 2)
 
 
-def _plan(widths: np.ndarray, window: int | None) -> PrecisionState:
+def _plan(widths: np.ndarray, window: int | None) -> Plan:
     windows = np.array(DEFAULT_WINDOW)[widths] if window is None else np.full_like(widths, window)
     windows[0::2] = 0
-    return PrecisionState(jnp.asarray(widths, jnp.int32), jnp.asarray(windows, jnp.int32))
+    return widths.astype(np.int32), windows.astype(np.int32)

@@ -141,7 +141,7 @@ def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
         nu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["nu"]),
         nu_row=jnp.zeros((layout.tiles * GROUP,), jnp.uint8),
         exact=jnp.zeros((len(rows.MOMENTS), layout.exact_size), jnp.float32),
-        precision=precision.first_plan(tiles, capacity),
+        precision=PrecisionState(*map(jnp.asarray, precision.first_plan(tiles, capacity))),
     )
 
 
