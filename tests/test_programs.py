@@ -1,7 +1,6 @@
-"""The programs beside the library: other formats' formulas, the example, the README."""
+"""The programs beside the library: other formats' formulas, the benchmarks, the example."""
 
 import json
-import re
 import runpy
 import subprocess
 import sys
@@ -150,12 +149,3 @@ def test_train_gpt(tmp_path):
     assert (tmp_path / "train_gpt.png").stat().st_size > 1000
     for word in (record["python"], "optax.adamw", "stquant.adamw", "ratio"):
         assert word in run.stdout
-
-
-def test_readme(capsys):
-    """Its first example runs as it stands."""
-    (code, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
-    assert "kernel" in capsys.readouterr().out
-    assert names["updates"]["kernel"].shape == (512, 512)

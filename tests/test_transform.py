@@ -18,6 +18,9 @@ SMALL = {"bias": (40,), "tile": (128, 32)}
 MODEL = {f"w{i}": (256, 1024 + 128 * i) for i in range(3)} | {"bias": (1024,)}
 
 
+STEP = jax.jit(chex.assert_max_traces(TX.update, n=1))
+
+
 def test_scan_equals_steps():
     """Steps under `lax.scan` are the same steps, bit for bit."""
 
@@ -38,13 +41,12 @@ def test_scan_equals_steps():
 
 def test_one_compilation():
     """Neither a second step nor other widths compile again."""
-    step = jax.jit(chex.assert_max_traces(TX.update, n=1))
     state = TX.init(common.zeros(SMALL))
     for i in range(3):
-        _, state = step(common.gaussian(SMALL, i), state)
+        _, state = STEP(common.gaussian(SMALL, i), state)
     narrow = state.precision._replace(widths=state.precision.widths - 1)
-    step(common.gaussian(SMALL), state._replace(precision=narrow))
-    assert step._cache_size() == 1
+    STEP(common.gaussian(SMALL), state._replace(precision=narrow))
+    assert STEP._cache_size() == 1
 
 
 def test_in_place():
@@ -80,10 +82,9 @@ def test_ensemble():
     members = [common.gaussian(SMALL, seed=i) for i in range(3)]
     stack = jax.tree.map(lambda *x: jnp.stack(x), *members)
     together = jax.jit(jax.vmap(TX.update))(stack, jax.vmap(TX.init)(stack))
-    step = jax.jit(TX.update)
     for i, g in enumerate(members):
         updates, state = jax.tree.map(lambda x, i=i: x[i], together)
-        want, alone = step(g, TX.init(g))
+        want, alone = STEP(g, TX.init(g))
         chex.assert_trees_all_close(updates, want, rtol=1e-5)
         assert state.count == alone.count == 1
         assert np.mean(np.asarray(state.nu_scale) != alone.nu_scale) < 0.02
