@@ -43,6 +43,7 @@ ARGUMENTS = [
     (lambda: scale_by_adam_q(b1=0.999, b2=0.99), "b1=0.999 with b2=0.99", "b1**2 < b2"),
     (lambda: scale_by_adam_q(b1=0.0, b2=0.999999), "b2=0.999999", "at most 256"),
     (lambda: scale_by_adam_q(b1=jnp.bfloat16(0.9)), "b1 arrived as bfloat16", "float32"),
+    (lambda: scale_by_adam_q(b2=np.float16(0.999)), "b2 arrived as float16", "float32"),
     (lambda: scale_by_adam_q(b1=jnp.ones(2)), "b1 has shape (2,)", "scalar"),
     (lambda: scale_by_adam_q(precision=5.0), "precision=5.0", "stquant.Budget"),
     (lambda: scale_by_adam_q(storage="xla"), "storage='xla'", "stquant.Storage"),
