@@ -1,8 +1,8 @@
 """Float and integer primitives of the codecs, the same on every backend.
 
-``exp2`` and ``log2`` are short polynomials on the bits of a float32. They cost less than the library
-functions, vectorise everywhere, and are made of additions, multiplications and shifts alone, so that
-devices differ at most in how they fuse a multiplication with an addition.
+``exp2`` and ``log2`` are short polynomials on the bits of a float32. They cost less than the
+library functions, vectorise everywhere, and are made of additions, multiplications and shifts
+alone, so that devices differ at most in how they fuse a multiplication with an addition.
 """
 
 import jax
