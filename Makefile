@@ -10,7 +10,7 @@ demo: .venv/examples.installed
 	$(BIN)/python examples/train_gpt.py
 
 test: .venv/tests.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/dev.installed
 	$(BIN)/ruff check
