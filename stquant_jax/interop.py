@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from stquant_jax import arena as rows
@@ -38,9 +37,7 @@ def to_optax(
     layout = layout_of(params, storage)
     check_state(state, layout)
     offsets = rows.offsets(state.precision.widths, layout)
-    ends = np.cumsum([leaf.size for leaf in layout.exact])
-    parts = jnp.split(state.exact, ends[:-1], axis=1) if len(ends) else []
-    exact = [part.reshape(2, *leaf.shape) for part, leaf in zip(parts, layout.exact, strict=True)]
+    exact = layout.split_exact(state.exact)
     quantized = [
         _decode(state, offsets, i, leaf, first)
         for i, (leaf, first) in enumerate(zip(layout.quantized, layout.first_tile, strict=True))

@@ -132,6 +132,15 @@ class Layout:
         pairs = list(zip(self.leaves, leaves, strict=True))
         return [x for leaf, x in pairs if leaf.tiles], [x for leaf, x in pairs if not leaf.tiles]
 
+    def split_exact(self, vector: jax.Array) -> list[jax.Array]:
+        """[..., exact_size] -> an array [..., *shape] for each exact leaf."""
+        if not self.exact:
+            return []
+        ends = np.cumsum([leaf.size for leaf in self.exact])
+        parts = jnp.split(vector, ends[:-1], axis=-1)
+        shapes = [(*vector.shape[:-1], *leaf.shape) for leaf in self.exact]
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
     def merge(self, quantized: Sequence[Any], exact: Sequence[Any]) -> list[Any]:
         """The inverse of `split`."""
         sources = {True: iter(quantized), False: iter(exact)}

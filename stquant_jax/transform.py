@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from stquant_jax import arena as rows
@@ -124,7 +123,7 @@ def scale_by_adam_q(
         quantized, packed = backend_step(
             layout, storage, rule, scalars, count, quantized, packed, *state.precision
         )
-        exact, moments = _update_exact(rule, scalars, exact, state.exact)
+        exact, moments = _update_exact(layout, rule, scalars, exact, state.exact)
         updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
         return updates, state._replace(count=count, exact=moments, **packed._asdict())
 
@@ -146,7 +145,7 @@ def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
 
 
 def _update_exact(
-    rule: Adam, scalars: AdamScalars, grads: list[jax.Array], moments: jax.Array
+    layout: Layout, rule: Adam, scalars: AdamScalars, grads: list[jax.Array], moments: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """The rule on the small leaves, in float32, all of them as one vector."""
     if not moments.shape[1]:
@@ -154,8 +153,6 @@ def _update_exact(
     g = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in grads])
     mu, nu = rule.accumulate(g, moments[0], moments[1], scalars)
     update = rule.direction(g, mu, nu, scalars)
-    ends = np.cumsum([x.size for x in grads])
-    parts = jnp.split(update, ends[:-1])
-    return [
-        u.reshape(x.shape).astype(x.dtype) for u, x in zip(parts, grads, strict=True)
-    ], jnp.stack([mu, nu])
+    parts = layout.split_exact(update)
+    updates = [u.astype(x.dtype) for u, x in zip(parts, grads, strict=True)]
+    return updates, jnp.stack([mu, nu])
