@@ -42,7 +42,6 @@ LIBRARY = str(Path(stquant.__file__).parent)
 STAGES = {
     "to_tiles": "layout of gradients",
     "from_tiles": "layout of updates",
-    "fetch": "read gradients and scales",
     "put": "write updates and scales",
     "read_planes": "read planes",
     "write_planes": "write planes",
@@ -56,11 +55,17 @@ STAGES = {
     "of_tiles": "places",
     "to_float": "casts of codes",
     "to_code": "casts of codes",
+    "sums_of": "statistics",
+    "in_turn": "statistics",
+    "observe": "averages",
+    "prepare": "rule",
     "_update_exact": "exact leaves",
+    **dict.fromkeys(("_adapt", "decide", "halve", "widen"), "decide and repack"),
 }
 # Functions that only hold others: what is theirs alone goes by these names.
 HOLDERS = {"update": "set-up", "step": "set-up"}
-HOLDERS |= dict.fromkeys(("update_leaf", "update_chunk", "update_block", "read"), "loop control")
+LOOPS = ("update_leaf", "over_tiles", "update_chunk", "update_block")
+HOLDERS |= dict.fromkeys(LOOPS, "loop control")
 NAMELESS = "other ops of XLA's own"  # without source line
 XLAS_OWN = {"copy": "copies of XLA's own", "broadcast": "fills of XLA's own"}
 # Work of one element of an instruction's result, in additions; 1 if not named here.

@@ -1,8 +1,12 @@
-"""Parameter shapes to measure with: leaf path -> shape, of GPT-2 small and of parts of it.
+"""Parameter shapes to measure with: leaf path -> shape.
 
 GPT-2 small (Radford et al., 2019): 12 blocks of width 768, a vocabulary of 50257, a context of
-1024, the head tied to the token embedding: 148 leaves, 124,439,808 parameters. Kernels are
-[in, out], as in Flax.
+1024, the head tied to the token embedding: 148 leaves, 124,439,808 parameters.
+ViT-B/16 (Dosovitskiy et al., 2021): 12 blocks of width 768, patches of 16 x 16 of an image of
+224 x 224, 1000 classes: 152 leaves, 86,567,656 parameters.
+Llama 7B (Touvron et al., 2023): 32 blocks of width 4096 without biases, gated layers of 11008, a
+vocabulary of 32000: 291 leaves, 6,738,415,616 parameters.
+Kernels are [in, out], as in Flax.
 """
 
 import math
@@ -34,6 +38,32 @@ def blocks(n: int) -> Shapes:
     return {path: shape for i in range(n) for path, shape in block(f"h.{i}").items()}
 
 
+def vit(patch: int = 16, image: int = 224, classes: int = 1000) -> Shapes:
+    """ViT-B/16; its blocks are of the shapes of GPT-2 small's."""
+    return {
+        "cls": (1, 1, WIDTH),
+        "position": (1, (image // patch) ** 2 + 1, WIDTH),
+        "patch.kernel": (patch, patch, 3, WIDTH),
+        "patch.bias": (WIDTH,),
+        **blocks(LAYERS),
+        "ln_f.scale": (WIDTH,),
+        "ln_f.bias": (WIDTH,),
+        "head.kernel": (WIDTH, classes),
+        "head.bias": (classes,),
+    }
+
+
+def llama(width: int = 4096, hidden: int = 11008, layers: int = 32, words: int = 32000) -> Shapes:
+    """Llama 7B."""
+    shapes: Shapes = {"embedding": (words, width)}
+    for i in range(layers):
+        shapes |= {f"layers.{i}.attn.{name}.kernel": (width, width) for name in "qkvo"}
+        shapes |= {f"layers.{i}.mlp.{name}.kernel": (width, hidden) for name in ("gate", "up")}
+        shapes[f"layers.{i}.mlp.down.kernel"] = (hidden, width)
+        shapes |= {f"layers.{i}.norm_{n}.scale": (width,) for n in (1, 2)}
+    return shapes | {"norm.scale": (width,), "head.kernel": (width, words)}
+
+
 def gpt2() -> Shapes:
     """GPT-2 small."""
     return {
@@ -49,6 +79,8 @@ SETS: dict[str, Shapes] = {
     "gpt2": gpt2(),
     "gpt2-2blocks": blocks(2),
     "gpt2-block": blocks(1),
+    "vit-b16": vit(),
+    "llama-7b": llama(),
 }
 
 

@@ -32,6 +32,24 @@ def codec() -> str:
     return _table(["format", "bits", "GPT", "ViT", "synthetic"], body) + _source(record)
 
 
+def allocation() -> str:
+    """Error of policies and of the best single pair of widths, at equal bytes."""
+    record = _io.read_json(_io.RESULTS / "allocation.json")
+    told: dict[tuple, dict] = {}
+    for row in record["results"]:
+        if "pair_error" in row:
+            key = row["stream"], row["pair"]
+            told.setdefault(key, {"bits": row["bits"], "pair": row["pair_error"]})
+            told[key][row["policy"]] = row["error"]
+    body = []
+    for (stream, pair), errors in told.items():
+        ratio = f"{errors['pair'] / errors['Budget']:.2f}"
+        cells = (f"{errors[k]:.3g}" if k in errors else "" for k in ("pair", "STQuant", "Budget"))
+        body.append([stream, f"{errors['bits']:.2f}", pair, *cells, ratio])
+    header = ["stream", "bits", "best pair", "its error", "STQuant", "Budget", "pair over Budget"]
+    return _table(header, body) + _source(record)
+
+
 def step() -> str:
     """Time of an update against fp32 Optax in the same run."""
     record = _io.read_json(_io.RESULTS / "step.json")
@@ -49,6 +67,19 @@ def step() -> str:
     ]
     header = ["shapes", "cores", "precision", "ns per element", "Optax fp32", "ratio"]
     return _table(header, body) + _source(record)
+
+
+def policy() -> str:
+    """Milliseconds of a decision and of a move to another plan, against those of a step."""
+    record = _io.read_json(_io.RESULTS / "policy.json")
+    body = []
+    for name, found in record["shapes"].items():
+        seconds = found["step_seconds"]["None"], found["decide_seconds"]
+        seconds += tuple(found["repack"]["seconds"][part] for part in ("none", "tenth", "all"))
+        cells = (f"{1e3 * x:.3g}" for x in seconds)
+        body.append([name, str(found["slots"]), *cells, f"{found['share']['100']:.2%}"])
+    header = ["shapes", "slots", "step, ms", "decide", "repack: none", "a tenth", "all"]
+    return _table([*header, "share at interval 100"], body) + _source(record)
 
 
 def profile(largest: int = 12) -> str:
@@ -80,10 +111,10 @@ def compile_() -> str:
 
 
 def demo() -> str:
-    """The demo's outcome, and the noise between seeds of fp32."""
+    """The demo's outcome at each budget, and the noise between seeds of fp32."""
     record = _io.read_json(_io.RESULTS / "train_gpt.json")
-    names = ("optax.adamw", "stquant.adamw")
-    base = record[names[0]]
+    runs = {name: x for name, x in record.items() if isinstance(x, dict) and "val_loss" in x}
+    base = runs["optax.adamw"]
     body = [
         [
             name,
@@ -92,7 +123,7 @@ def demo() -> str:
             f"{run['state_bytes'] / base['state_bytes']:.4f}",
             f"{run['seconds_per_step']:.3f}",
         ]
-        for name, run in ((name, record[name]) for name in names)
+        for name, run in runs.items()
     ]
     seeds = ", ".join(f"{loss:.4f}" for loss in record["val_loss_by_seed"])
     return (
@@ -118,7 +149,14 @@ def _source(record: dict) -> str:
 
 def render(text: str) -> str:
     """The README with every table between its markers made anew."""
-    makers = {"codec": codec, "step": step, "profile": profile, "compile": compile_, "demo": demo}
+    makers = {
+        "codec": codec,
+        "allocation": allocation,
+        "step": step,
+        "profile": profile,
+        "compile": compile_,
+        "demo": demo,
+    }
     for name, make in makers.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if start not in text or end not in text:

@@ -8,18 +8,36 @@ from stquant_jax.interop import to_optax
 from stquant_jax.introspect import plan, report
 from stquant_jax.layout import Storage
 from stquant_jax.optimizers import adam, adamw
-from stquant_jax.precision import Budget, Fixed
+from stquant_jax.precision import Budget, Fixed, Policy, STQuant
+from stquant_jax.resizing import resize
+from stquant_jax.solo import (
+    ScaleBySoloState,
+    scale_by_solo,
+    solo_adamw,
+    solo_momentum,
+    swamping_bound,
+)
+from stquant_jax.telemetry import metrics
 from stquant_jax.transform import ScaleByAdamQState, scale_by_adam_q
 
 __all__ = [
     "Budget",
     "Fixed",
+    "Policy",
+    "STQuant",
     "ScaleByAdamQState",
+    "ScaleBySoloState",
     "Storage",
     "adam",
     "adamw",
+    "metrics",
     "plan",
     "report",
+    "resize",
     "scale_by_adam_q",
+    "scale_by_solo",
+    "solo_adamw",
+    "solo_momentum",
+    "swamping_bound",
     "to_optax",
 ]

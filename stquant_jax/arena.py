@@ -20,6 +20,7 @@ from stquant_jax.planes import GROUP, LANES, PLANES
 
 MOMENTS = ("mu", "nu")
 ROW_BYTES = 4 * LANES
+_MOVED_ROWS = 64  # at once: 32 KiB
 SCALE_DTYPES = {"mu": jnp.uint8, "nu": jnp.uint16}
 TILE_SCALE_BYTES = LANES * (1 + 2) + GROUP  # a scale of mu and of nu per group, and nu's rows
 
@@ -29,28 +30,45 @@ def slot_tiles(layout: Layout) -> np.ndarray:
     return np.repeat(np.array([leaf.tiles for leaf in layout.quantized], np.int32), len(MOMENTS))
 
 
-def slot_names(layout: Layout) -> tuple[str, ...]:
-    return tuple(f"{leaf.path}/{moment}" for leaf in layout.quantized for moment in MOMENTS)
-
-
 def offsets(widths: jax.Array, layout: Layout) -> jax.Array:
     """int32[slots]: first row of each slot."""
     rows = widths * slot_tiles(layout)
     return jnp.cumsum(rows) - rows
 
 
-def schedule_bytes(layout: Layout) -> int:
-    """Bytes of the step count and of each slot's width and window."""
-    return 4 + 2 * 4 * len(slot_tiles(layout))
+def move_rows(arena: jax.Array, first: jax.Array, to: jax.Array, count: jax.Array) -> jax.Array:
+    """Move rows [first, first + count) to ``to`` in place; the ranges may overlap.
+
+    Traced trip counts and a signed step, no branch: XLA would copy the arena for one. Moving down,
+    blocks go from the front, then the rest; moving up, the rest first, then blocks from the back.
+    """
+    block = min(_MOVED_ROWS, arena.shape[0])
+    down = to < first
+    count = jnp.where(to == first, 0, count)
+    blocks = count // block
+    rest = count - blocks * block
+
+    def copy(arena, row, size):
+        rows = lax.dynamic_slice_in_dim(arena, first + row, size)
+        return lax.dynamic_update_slice_in_dim(arena, rows, to + row, 0)
+
+    def ahead(i, arena):
+        return copy(arena, i * block, block)
+
+    def back(i, arena):
+        return copy(arena, (blocks - 1 - i) * block, block)
+
+    def single(i, arena):
+        return copy(arena, blocks * block + jnp.where(down, i, rest - 1 - i), 1)
+
+    arena = lax.fori_loop(0, jnp.where(down, blocks, 0), ahead, arena)
+    arena = lax.fori_loop(0, rest, single, arena)
+    return lax.fori_loop(0, jnp.where(down, 0, blocks), back, arena)
 
 
 def fixed_bytes(layout: Layout) -> int:
-    """Bytes of the state beside the arena: scales, exact leaves, schedule."""
-    return (
-        layout.tiles * TILE_SCALE_BYTES
-        + layout.exact_size * 4 * len(MOMENTS)
-        + schedule_bytes(layout)
-    )
+    """Bytes of what is stored beside the arena, whatever the widths: scales and exact leaves."""
+    return layout.tiles * TILE_SCALE_BYTES + layout.exact_size * 4 * len(MOMENTS)
 
 
 def reference_bytes(layout: Layout) -> int:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from stquant_jax.layout import Layout, Storage
+from stquant_jax.precision import Policy
 
 # The largest level of the first moment's scale, over any that a sane pair of decays can reach.
 _MAX_RATIO = 2.0**8
@@ -61,7 +63,7 @@ def _is_known(value: Any) -> bool:
 
 def check_precision(precision: Any, storage: Any) -> None:
     """Raise ValueError unless both are of the library's kinds."""
-    if not (hasattr(precision, "rows") and hasattr(precision, "first_plan")):
+    if not isinstance(precision, Policy):
         raise ValueError(
             f"precision={precision!r}: expected a policy such as stquant.Budget(5.0) or "
             "stquant.Fixed(mu=5, nu=4)"
@@ -70,18 +72,47 @@ def check_precision(precision: Any, storage: Any) -> None:
         raise ValueError(f"storage={storage!r}: expected a stquant.Storage")
 
 
+# What the state of `scale_by_adam_q` has: its class lives a floor above.
+_FIELDS = ("count", "arena", "mu_scale", "nu_scale", "nu_row", "exact", "precision")
+
+
+def is_state(x: Any) -> bool:
+    """x is the state of `scale_by_adam_q` itself, not one that contains it."""
+    return all(hasattr(x, field) for field in _FIELDS)
+
+
+def find_state(state: Any) -> Any:
+    """The one `ScaleByAdamQState` in an optimizer's state, or the state itself.
+
+    Raises:
+      ValueError: it holds none, or several.
+    """
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state is {type(state).__name__}: expected the ScaleByAdamQState that init returned, "
+            f"or an optimizer's state that holds one of it, not {len(found) or 'none'}"
+        )
+    return found[0]
+
+
+def check_concrete(state: Any, function: str) -> None:
+    """Raise ValueError inside a transformation, for functions that read values on the host."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
+        raise ValueError(f"state is traced: expected concrete arrays; call {function} outside jit")
+
+
 def check_state(state: Any, layout: Layout) -> None:
     """Raise ValueError if a state was built for other parameters or another storage."""
-    fields = ("count", "arena", "mu_scale", "nu_scale", "exact", "precision")
-    if not all(hasattr(state, field) for field in fields):
+    if not is_state(state):
         raise ValueError(
             f"state is {type(state).__name__}: expected the ScaleByAdamQState that init returned"
         )
-    got = (state.mu_scale.shape[0], state.exact.shape[1], state.precision.widths.shape[0])
+    got = (state.mu_scale.shape[0], state.exact.shape[1], len(state.precision.plan.widths))
     want = (layout.tiles, layout.exact_size, 2 * len(layout.quantized))
     if got != want:
         raise ValueError(
             f"the state holds {got[0]} tiles, {got[1]} exact elements and {got[2]} slots, but "
             f"these gradients need {want[0]}, {want[1]} and {want[2]}: expected gradients of the "
-            "tree and shapes given to init, and the same storage"
+            "tree and shapes given to init, the same storage and the same pins to 'exact'"
         )

@@ -41,7 +41,7 @@ BASE_PER_OCTAVE = 512
 BASE_LOWEST = -63.0
 BASE_NOT_FINITE = 2**16 - 1
 
-# First moment: log2 of the largest level, one byte. Fine where training lives (the largest |e| of a
+# First moment: log2 of the scale, one byte. Fine where training lives (the largest |e| of a
 # group is near 1/2, and up to 1 / sqrt(1 - b2**t) more while nu is young), coarse where mu fades
 # away under an old nu or outruns it.
 MU_CENTER = 0.0
@@ -56,10 +56,6 @@ ROW_LAST = 2**8 - 1
 _ROW_MOST = 8.0  # steps a row may move at once
 _ROW_GAIN = 0.25  # of a row's distance from its tile that it makes up at once
 
-# How far an element's root is pulled to what its group and row predict in the update (never in the
-# store): lattice noise over lattice noise plus true spread (James and Stein), measured in the
-# closed loop. By width, 0..8.
-SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
 # Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
 _REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
 
@@ -68,39 +64,44 @@ Hold = Callable[[Any], Any]  # a pytree to the same pytree
 
 
 class Lattice(NamedTuple):
-    """Numbers of a second moment's slot: step in octaves, last code, shrinkage."""
+    """Numbers of a second moment's slot."""
 
-    delta: jax.Array
-    last: jax.Array
+    delta: jax.Array  # octaves from code to code
+    last: jax.Array  # largest code
+    # How far an element's root is pulled to what its group and row predict in the update (never in
+    # the store): best is lattice noise over lattice noise plus true spread (James and Stein).
     shrinkage: jax.Array
 
 
 class Levels(NamedTuple):
-    """Numbers of a first moment's slot: level of code c is ``(c + low + between) * unit``."""
+    """Numbers of a first moment's slot: level of code c is ``(c + low + between) * unit``.
+
+    Every width's levels are among the next one's, so that a slot can grow without losing anything.
+    """
 
     low: jax.Array  # smallest code, signed
     high: jax.Array  # largest code, signed
     between: jax.Array  # 1/2 where levels straddle zero, else 0
-    unit: jax.Array  # one over the outermost level
-    gain: jax.Array  # outermost level over reach
+    unit: jax.Array  # distance of levels, in scales
+    gain: jax.Array  # codes from zero to what the largest |e| is mapped to
 
 
-def lattice(width: jax.Array, window: jax.Array) -> Lattice:
-    """The lattice of a slot from its width (0..8) and window (octaves), traced integers."""
+def lattice(width: jax.Array, window: jax.Array, shrinkage: jax.Array) -> Lattice:
+    """The lattice of a slot from its width (0..8), window (octaves) and shrinkage (0..1), traced
+    scalars."""
     size = to_float(jnp.uint32(1) << width.astype(jnp.uint32))
-    return Lattice(window / size, size - 1.0, jnp.asarray(SHRINKAGE, jnp.float32)[width])
+    return Lattice(window / size, size - 1.0, shrinkage)
 
 
 def levels(width: jax.Array) -> Levels:
     """The levels of a slot from its width (2..8), a traced integer."""
     half = to_float(jnp.uint32(1) << (width.astype(jnp.uint32) - 1))
     straddle = width < 4
-    outermost = jnp.where(straddle, half - 0.5, half - 1.0)
     return Levels(
         low=jnp.where(straddle, -half, 1.0 - half),
         high=half - 1.0,
         between=jnp.where(straddle, 0.5, 0.0),
-        unit=1.0 / outermost,
+        unit=jnp.where(straddle, 0.25, 1.0 / half),
         # cells, not levels, fill the range where levels straddle zero
         gain=jnp.where(straddle, half, half - 1.0) / jnp.asarray(_REACH, jnp.float32)[width],
     )
@@ -177,6 +178,8 @@ class SecondCode(NamedTuple):
     v_used: jax.Array  # v shrunk to what group and row predict: for the update
     inverse_root: jax.Array  # 1 / sigma as decoded from the new codes
     presence: jax.Array  # [..., 1, n]: 0, 1 or NaN
+    error: jax.Array  # octaves that the decoded sigma is off the true one
+    spread: jax.Array  # octaves of sigma from what group and row predict
 
 
 def encode_second(
@@ -237,8 +240,9 @@ def encode_second(
     share = group_sum(exp2(-2.0 * depth) * valid[..., :1]) / group_sum(valid[..., :1])
     log_share = -2.0 * depth - log2(share)
     inverse, log_share = hold((exp2(-rounded), log_share))
-    log_v = 2.0 * (old.log_root + drift)
-    log_used = log_v + lat.shrinkage * ((log_mean + log_share) - log_v)
+    log_sigma = old.log_root + drift
+    spread = log_sigma - 0.5 * (log_mean + log_share)
+    log_used = 2.0 * (log_sigma - lat.shrinkage * spread)
     return SecondCode(
         codes=codes,
         scale=code.astype(jnp.uint32),
@@ -246,7 +250,35 @@ def encode_second(
         v_used=exp2(jnp.clip(log_used, -126.0, 127.0)),
         inverse_root=inverse / relative,
         presence=presence,
+        error=rounded - depth - lat.delta * codes - log_sigma,
+        spread=spread,
     )
+
+
+def recode_second(
+    codes: jax.Array,
+    scale: jax.Array,
+    row: jax.Array,
+    valid: jax.Array,
+    old: Lattice,
+    new: Lattice,
+    dither: jax.Array,
+    coin: jax.Array,
+    hold: Hold = _keep,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales on another lattice, rounded stochastically: roots stay on average, the
+    group's energy stays. Both uint32, like those given."""
+    depth = hold(row * (1 / ROW_PER_OCTAVE))
+    before = hold(exp2(-(depth + old.delta * to_float(codes))))
+    new_codes = jnp.floor(to_float(codes) * (old.delta / new.delta) + dither)
+    highest = group_max(jnp.where(valid > 0, -new_codes, -float(ROW_LAST)))
+    new_codes = hold(jnp.clip(new_codes + hold(highest), 0.0, new.last))
+    after = hold(exp2(-(depth + new.delta * new_codes)))
+    growth = 0.5 * log2(group_sum(before * before * valid) / group_sum(after * after * valid))
+    moved = to_float(scale) + jnp.floor(growth * BASE_PER_OCTAVE + coin)
+    moved = to_code(jnp.clip(moved, 1, BASE_NOT_FINITE - 1))
+    kept = (scale == 0) | (scale == BASE_NOT_FINITE)
+    return to_code(new_codes), jnp.where(kept, scale, moved)
 
 
 def _move_row(
@@ -285,12 +317,25 @@ def decode_first(
     codes: jax.Array, scale: jax.Array, sigma: jax.Array, lev: Levels, hold: Hold = _keep
 ) -> jax.Array:
     """First moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and the other's root."""
+    step = hold(_first_scale(scale) * _presence(scale, MU_NOT_FINITE) * lev.unit)
+    return (to_float(codes) + (lev.low + lev.between)) * (sigma * step)
+
+
+def _first_scale(scale: jax.Array) -> jax.Array:
+    """What a scale code of the first moment stands for, were it neither zero nor not finite."""
     n = to_float(scale) - MU_ZERO_CODE
     fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
     octaves = jnp.minimum(jnp.abs(n), fine) / MU_FINE_PER_OCTAVE
     octaves += jnp.maximum(jnp.abs(n) - fine, 0.0) / MU_COARSE_PER_OCTAVE
-    largest = exp2(MU_CENTER + jnp.sign(n) * octaves) * _presence(scale, MU_NOT_FINITE)
-    return (to_float(codes) + (lev.low + lev.between)) * (sigma * hold(largest * lev.unit))
+    return exp2(MU_CENTER + jnp.sign(n) * octaves)
+
+
+class FirstCode(NamedTuple):
+    """An encoded first moment, relative to the root of the second."""
+
+    codes: jax.Array  # float32[..., 32, n], whole and >= 0
+    scale: jax.Array  # uint32[..., 1, n]
+    error: jax.Array  # decoded less true, where the group is present
 
 
 def encode_first(
@@ -301,11 +346,8 @@ def encode_first(
     dither: jax.Array,
     coin: jax.Array,
     hold: Hold = _keep,
-) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of a first moment relative to the quantized root of the second.
-
-    Returns codes float32[..., 32, n], whole and >= 0, and scales uint32[..., 1, n].
-    """
+) -> FirstCode:
+    """Codes and scales of a first moment relative to the quantized root of the second."""
     largest = group_max(jnp.abs(e))
     z = e * hold(lev.gain / jnp.maximum(largest, TINY))
     # Between the two levels next to zero the choice is random, so that zero stays zero on average:
@@ -318,7 +360,8 @@ def encode_first(
     log_scale = 0.5 * log2(jnp.maximum(length, TINY) / jnp.maximum(decoded, TINY))
     scale = jnp.where(length < TINY, 0.0, _round_first_scale(log_scale, coin))
     code = jnp.where(presence == 1.0, to_code(scale), jnp.where(presence == 0.0, 0, MU_NOT_FINITE))
-    return q - lev.low, code.astype(jnp.uint32)
+    code = code.astype(jnp.uint32)
+    return FirstCode(q - lev.low, code, level * _first_scale(code) - e)
 
 
 def _round_first_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:
@@ -335,3 +378,20 @@ def _round_first_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:
     chance = (exp2(twice * (n - below)) - 1.0) / (exp2(twice) - 1.0)
     code = below + MU_ZERO_CODE + jnp.where(coin < chance, 1.0, 0.0)
     return jnp.clip(code, 0, MU_NOT_FINITE - 1)
+
+
+def recode_first(
+    codes: jax.Array,
+    scale: jax.Array,
+    valid: jax.Array,
+    old: Levels,
+    new: Levels,
+    dither: jax.Array,
+    coin: jax.Array,
+    hold: Hold = _keep,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales at another width, the group's length kept. Both uint32, like those given."""
+    step = hold(_first_scale(scale) * old.unit)
+    e = hold((to_float(codes) + (old.low + old.between)) * step * valid)
+    code = encode_first(e, valid, _presence(scale, MU_NOT_FINITE), new, dither, coin, hold)
+    return to_code(code.codes), code.scale

@@ -1,19 +1,21 @@
 """What is stored where, and why: `plan` before training, `report` during it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from rich.console import Console
 from rich.table import Table
 
 from stquant_jax import arena as rows
-from stquant_jax.checks import check_precision, check_state
-from stquant_jax.layout import Layout, Storage, layout_of
+from stquant_jax.checks import check_concrete, check_precision, check_state, find_state
+from stquant_jax.layout import Layout, Storage
+from stquant_jax.planning import layout_for, rows_for, schedule_bytes, slots_for
 from stquant_jax.precision import Budget, Policy
-from stquant_jax.transform import ScaleByAdamQState
+from stquant_jax.precision.slots import WIDEST
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class LeafReport:
 
     path: str
     shape: tuple[int, ...]
-    kind: str  # "tiled", "flat" or "exact"
+    kind: str  # "tiled", "folded", "flat" or "exact"
     reason: str
     mu_width: int  # bits of a code; 32 where exact
     nu_width: int
@@ -41,7 +43,7 @@ class Report:
 
     Attributes:
       leaves: one entry per leaf, in tree order; nothing stays unquantized without being named here.
-      schedule_bytes: count, widths and windows.
+      schedule_bytes: count, plan, statistics and the policy's memory.
       free_bytes: rows of the arena that no slot uses.
       reference_bytes: what `optax.scale_by_adam` would take.
       backend: what runs the update.
@@ -61,6 +63,42 @@ class Report:
     def bits(self) -> float:
         """All-in bits per state element."""
         return 32 * self.total_bytes / self.reference_bytes
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the slots, "path/mu" and "path/nu" of every quantized leaf: of the entries of
+        ``widths`` and ``distortion`` among `stquant.metrics`."""
+        return tuple(f"{leaf.path}/{moment}" for leaf in self._quantized for moment in rows.MOMENTS)
+
+    @property
+    def _quantized(self) -> list[LeafReport]:
+        return [leaf for leaf in self.leaves if leaf.kind != "exact"]
+
+    def plot(self, path: str | Path, history: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Draw the widths of all quantized leaves over time, a heat map for each moment.
+
+        Args:
+          path: the file, of any kind that matplotlib writes.
+          history: what `stquant.metrics` gave along a run, ``count`` and ``widths`` of it; each
+            entry is drawn up to the next. None draws the widths of this report alone.
+
+        Raises:
+          ImportError: matplotlib is missing.
+          ValueError: an empty history, or one of another model; no leaf is quantized.
+        """
+        if history is None:
+            now = [width for leaf in self._quantized for width in (leaf.mu_width, leaf.nu_width)]
+            history = [{"count": 0, "widths": now}]
+        counts = [int(entry["count"]) for entry in history]
+        widths = [np.asarray(entry["widths"]) for entry in history]
+        sizes = {x.size for x in widths}
+        if sizes != {len(self.slots)} or not self.slots:
+            raise ValueError(
+                f"history has {len(history)} entries with widths of {sorted(sizes)} slots: "
+                f"expected at least one, and the {len(self.slots)} slots of this report, above 0"
+            )
+        edges = [*counts, 2 * counts[-1] - counts[-2] if len(counts) > 1 else counts[-1] + 1]
+        _draw(Path(path), [leaf.path for leaf in self._quantized], edges, np.stack(widths, axis=1))
 
     def _rows(self) -> list[tuple[str, ...]]:
         body = [
@@ -87,7 +125,7 @@ class Report:
                 "",
                 f"{self.schedule_bytes:,}",
                 "",
-                "count, widths, windows",
+                "count, plan, statistics",
             ),
             (
                 "(free)",
@@ -126,6 +164,40 @@ class Report:
         return capture.get()
 
 
+_MOST_LABELS = 40  # of leaves along an axis
+
+
+def _draw(path: Path, leaves: list[str], edges: list[int], widths: np.ndarray) -> None:
+    """Widths int[slots, times] between the steps ``edges``."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.colors import BoundaryNorm
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Report.plot needs matplotlib: pip install 'stquant-jax[examples]'"
+        ) from error
+    every = -(-len(leaves) // _MOST_LABELS)
+    height = 1.5 + 0.22 * min(len(leaves), _MOST_LABELS)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    panels = figure.subplots(1, len(rows.MOMENTS), sharey=True)
+    norm = BoundaryNorm(np.arange(WIDEST + 2) - 0.5, WIDEST + 1)
+    colors = colormaps["viridis"].resampled(WIDEST + 1)
+    for i, (moment, axes) in enumerate(zip(rows.MOMENTS, panels, strict=True)):
+        lines = np.arange(len(leaves) + 1) - 0.5
+        image = axes.pcolormesh(edges, lines, widths[i::2], cmap=colors, norm=norm)
+        axes.set(title=moment, xlabel="step")
+        if len(edges) == 2:  # one column, at no time in particular
+            axes.set(xlabel=None, xticks=[])
+    panels[0].set_yticks(range(0, len(leaves), every), leaves[::every], fontsize="small")
+    panels[0].invert_yaxis()
+    bar = figure.colorbar(image, ax=panels, label="bits of a code")
+    bar.set_ticks(range(WIDEST + 1))
+    bar.minorticks_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def plan(params: Any, precision: Policy = Budget(5.0), storage: Storage = Storage()) -> Report:  # noqa: B008
     """What the state of these parameters will hold: bytes per leaf, and why each leaf got its
     format.
@@ -138,33 +210,37 @@ def plan(params: Any, precision: Policy = Budget(5.0), storage: Storage = Storag
       ValueError: as `scale_by_adam_q` and its ``init``.
     """
     check_precision(precision, storage)
-    layout = layout_of(params, storage)
-    tiles = rows.slot_tiles(layout)
-    schedule = rows.schedule_bytes(layout)
-    capacity = precision.rows(tiles, rows.fixed_bytes(layout), rows.reference_bytes(layout))
-    widths, _ = precision.first_plan(tiles, capacity)
-    return _report(layout, widths, capacity, schedule, storage)
+    layout = layout_for(params, precision, storage)
+    capacity = rows_for(layout, precision)
+    widths = precision.first_widths(slots_for(layout, precision), capacity)
+    return _report(layout, widths, capacity, schedule_bytes(layout, precision), storage)
 
 
-def report(state: ScaleByAdamQState, params: Any, storage: Storage = Storage()) -> Report:  # noqa: B008
+def report(
+    state: Any,
+    params: Any,
+    precision: Policy = Budget(),  # noqa: B008
+    storage: Storage = Storage(),  # noqa: B008
+) -> Report:
     """What a state holds now: widths and bytes of every leaf.
 
     Args:
-      state: a concrete `ScaleByAdamQState`, as found in the optimizer's state.
+      state: a concrete `ScaleByAdamQState`, or an optimizer's state that holds one.
       params: arrays or ShapeDtypeStructs; shapes only.
-      storage: the one the optimizer was made with.
+      precision, storage: those the optimizer was made with; of the former only pins matter.
 
     Raises:
-      ValueError: the state was built for other parameters or another storage, or is traced.
+      ValueError: the state was built for other parameters or another storage, is traced, or holds
+      no `ScaleByAdamQState`, or several.
     """
-    layout = layout_of(params, storage)
+    check_precision(precision, storage)
+    state = find_state(state)
+    check_concrete(state, "report")
+    layout = layout_for(params, precision, storage)
     check_state(state, layout)
-    if isinstance(state.precision.widths, Tracer):
-        raise ValueError("state is traced: expected concrete arrays; call report outside jit")
     schedule = sum(x.nbytes for x in jax.tree.leaves((state.count, state.precision)))
-    return _report(
-        layout, np.asarray(state.precision.widths), state.arena.shape[0], schedule, storage
-    )
+    widths = np.asarray(state.precision.plan.widths)
+    return _report(layout, widths, state.arena.shape[0], schedule, storage)
 
 
 def _report(

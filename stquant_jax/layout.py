@@ -11,7 +11,7 @@ All of it is static, computed from shapes at trace time; the state holds arrays 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,8 +147,15 @@ class Layout:
         return [next(sources[bool(leaf.tiles)]) for leaf in self.leaves]
 
 
-def layout_of(tree: Any, storage: Storage) -> Layout:
+def layout_of(
+    tree: Any, storage: Storage, pinned_exact: Callable[[str], bool] = lambda path: False
+) -> Layout:
     """The layout of a tree of arrays or ShapeDtypeStructs.
+
+    Args:
+      tree: arrays or anything with a shape and a dtype.
+      storage: which leaves are small enough to stay exact.
+      pinned_exact: of a leaf's path, whether it is to stay exact whatever its size.
 
     Raises:
       ValueError: a leaf is not a real floating-point array; the message names its path.
@@ -166,7 +173,10 @@ def layout_of(tree: Any, storage: Storage) -> Layout:
                 "dtype; mask it out with optax.masked, or split complex parameters into real and "
                 "imaginary parts"
             )
-        leaves.append(_leaf(name, tuple(x.shape), x.dtype, storage))
+        if pinned_exact(name):
+            leaves.append(Leaf(name, tuple(x.shape), x.dtype, "exact", "pinned"))
+        else:
+            leaves.append(_leaf(name, tuple(x.shape), x.dtype, storage))
     return Layout(tuple(leaves))
 
 

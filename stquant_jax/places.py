@@ -1,9 +1,11 @@
 """Where the elements of a tile lie in their leaf: what noise is seeded by, and what is padding."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stquant_jax.layout import Leaf
 from stquant_jax.planes import GROUP, LANES
@@ -43,3 +45,9 @@ class Place(NamedTuple):
         # not the last band.
         left = self.limit - GROUP * jnp.where(self.flat == 1, lane, band)
         return group, (jnp.arange(GROUP, dtype=jnp.int32)[:, None] < left).astype(jnp.float32)
+
+
+def places_of(leaves: Sequence[Leaf]) -> Place:
+    """A table: int32[leaves] in every field."""
+    columns = zip(*map(Place.of, leaves), strict=True)
+    return Place(*(jnp.asarray(np.array(column, np.int32)) for column in columns))

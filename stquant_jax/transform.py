@@ -1,7 +1,8 @@
 """`scale_by_adam_q`: Optax's `scale_by_adam` with its state in a bit-plane arena. Read this module
 first.
 
-    gradients -> tiles -> decode -> rule -> encode -> planes -> arena, updates
+    gradients -> tiles -> decode -> rule -> encode -> planes -> arena, updates     every step
+    sums -> averages -> policy -> plan -> repack                                   every K steps
 """
 
 from typing import Any, NamedTuple
@@ -12,10 +13,13 @@ import optax
 
 from stquant_jax import arena as rows
 from stquant_jax import backends
+from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_state
-from stquant_jax.layout import Layout, Storage, layout_of
+from stquant_jax.layout import Layout, Storage
 from stquant_jax.planes import GROUP, LANES
+from stquant_jax.planning import layout_for, rows_for, slots_for
 from stquant_jax.precision import Budget, Policy, PrecisionState
+from stquant_jax.precision.statistics import observe
 from stquant_jax.rules import Adam, AdamScalars
 
 
@@ -30,7 +34,7 @@ class ScaleByAdamQState(NamedTuple):
       nu_scale: uint16[tiles, 128].
       nu_row: uint8[tiles * 32], one per row of a tile.
       exact: float32[2, n], mu and nu of the small leaves, one after the other.
-      precision: widths and windows of all slots.
+      precision: the plan (widths and windows of all slots), statistics, the policy's memory.
     """
 
     count: jax.Array
@@ -69,7 +73,8 @@ def scale_by_adam_q(
       eps: added to the root of the second moment.
       eps_root: added inside the root.
       nesterov: use Nesterov momentum.
-      precision: `Budget` (bits per state element, everything counted) or `Fixed`.
+      precision: a policy: `Budget` (bits per state element, everything counted), `STQuant` or
+        `Fixed`.
       storage: which leaves stay exact, backend, seed of the rounding.
 
     Returns:
@@ -103,8 +108,7 @@ def scale_by_adam_q(
     backend_step = backends.resolve(storage)
 
     def init(params: optax.Params) -> ScaleByAdamQState:
-        layout = layout_of(params, storage)
-        return _init_state(layout, precision)
+        return _init_state(layout_for(params, precision, storage), precision)
 
     def update(
         updates: optax.Updates,
@@ -113,26 +117,38 @@ def scale_by_adam_q(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamQState]:
         del params, extra_args
-        layout = layout_of(updates, storage)
+        layout = layout_for(updates, precision, storage)
         grads, treedef = jax.tree.flatten(updates)
         check_state(state, layout)
         quantized, exact = layout.split(grads)
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
         packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
-        quantized, packed = backend_step(
-            layout, storage, rule, scalars, count, quantized, packed, *state.precision
+        plan = state.precision.plan
+        quantized, packed, sums = backend_step(
+            layout, storage, rule, scalars, count, quantized, packed, plan
+        )
+        decays = scalars.b1, scalars.b2
+        observed = observe(state.precision.observed, sums, plan.widths[1::2], decays, count)
+        packed, schedule = _adapt(
+            layout,
+            storage,
+            precision,
+            decays,
+            count,
+            packed,
+            state.precision._replace(observed=observed),
         )
         exact, moments = _update_exact(layout, rule, scalars, exact, state.exact)
         updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
-        return updates, state._replace(count=count, exact=moments, **packed._asdict())
+        state = ScaleByAdamQState(count, *packed, exact=moments, precision=schedule)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
-    tiles = rows.slot_tiles(layout)
-    capacity = precision.rows(tiles, rows.fixed_bytes(layout), rows.reference_bytes(layout))
+    capacity = rows_for(layout, precision)
     return ScaleByAdamQState(
         count=jnp.zeros((), jnp.int32),
         arena=jnp.zeros((capacity, LANES), jnp.uint32),
@@ -140,8 +156,30 @@ def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
         nu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["nu"]),
         nu_row=jnp.zeros((layout.tiles * GROUP,), jnp.uint8),
         exact=jnp.zeros((len(rows.MOMENTS), layout.exact_size), jnp.float32),
-        precision=PrecisionState(*map(jnp.asarray, precision.first_plan(tiles, capacity))),
+        precision=precision.init(slots_for(layout, precision), capacity),
     )
+
+
+def _adapt(
+    layout: Layout,
+    storage: Storage,
+    precision: Policy,
+    decays: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    packed: rows.Packed,
+    state: PrecisionState,
+) -> tuple[rows.Packed, PrecisionState]:
+    """Every ``interval`` steps the policy decides on a new plan, to which the arena is repacked."""
+    if precision.interval is None or not layout.quantized:
+        return packed, state
+    slots = slots_for(layout, precision)
+
+    def decide(packed, state):
+        new = precision.decide(slots, packed.arena.shape[0], state, decays, count)
+        return repack(layout, storage, count, packed, state.plan, new.plan), new
+
+    due = count % precision.interval == 0
+    return jax.lax.cond(due, decide, lambda packed, state: (packed, state), packed, state)
 
 
 def _update_exact(

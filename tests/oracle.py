@@ -17,7 +17,6 @@ TINY = 2.0**-126  # groups of less energy are zero
 
 BASE_LOWEST, BASE_STEP, BASE_NOT_FINITE = -63, 1 / 512, 2**16 - 1
 ROW_STEP, ROW_LAST, ROW_MOST, ROW_GAIN = 1 / 32, 255, 8, 1 / 4
-SHRINKAGE = (1, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0, 0)
 
 
 def decode_nu(codes, scale, row, width: int, window: int) -> np.ndarray:
@@ -38,9 +37,7 @@ def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: No
     """``turn`` is the one row of each tile that may move in this step."""
     width, dither = slot.nu, random.nu
     delta, last = slot.window / 2**width, 2**width - 1
-    size = np.maximum(inside.sum(-2, keepdims=True), 1)
     energy = v.sum(-2, keepdims=True)
-    mean = energy / size
     absent = old.nu_scale == 0
     alive = np.isfinite(energy) & (energy >= TINY)
     living = alive & inside
@@ -79,15 +76,21 @@ def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: No
     )
     scale = np.where(np.isfinite(energy), np.where(alive, scale, 0), BASE_NOT_FINITE)
 
-    # The update sees elements pulled to what group and row predict.
-    share = 2.0 ** (-2 * row * ROW_STEP) * np.ones(v.shape)
-    predicted = mean * share / ((share * inside).sum(-2, keepdims=True) / size)
-    used = (
-        np.maximum(v, TINY) ** (1 - SHRINKAGE[width])
-        * np.maximum(predicted, TINY) ** SHRINKAGE[width]
-    )
     codes = np.where(living, codes, 0)
-    return Nu(codes, scale, row, np.where(np.isfinite(energy), np.maximum(used, TINY), np.nan))
+    used = shrink(v, predict_nu(v, row, inside), slot.shrinkage)
+    return Nu(codes, scale, row, np.where(np.isfinite(energy), used, np.nan))
+
+
+def predict_nu(v, row, inside) -> np.ndarray:
+    """What group and row predict of v: the group's mean, shared out by the rows."""
+    share = 4.0 ** (-row * ROW_STEP) * np.ones(v.shape)
+    return share * v.sum(-2, keepdims=True) / (share * inside).sum(-2, keepdims=True)
+
+
+def shrink(v, predicted, shrinkage: float) -> np.ndarray:
+    """The update sees elements pulled to their prediction, part of the way in the logarithm."""
+    v, predicted = np.maximum(v, TINY), np.maximum(predicted, TINY)
+    return np.maximum(v ** (1 - shrinkage) * predicted**shrinkage, TINY)
 
 
 # --- first moment: m = sigma * 2**(log2 largest) * level ---
@@ -101,7 +104,7 @@ REACH = {2: 0.85, 3: 1.0, 4: 0.95, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}
 
 
 def mu_octaves(scale) -> np.ndarray:
-    """log2 of the largest level of a scale."""
+    """log2 of a scale."""
     n = np.abs(scale - MU_ZERO * 1.0)
     return np.sign(scale - MU_ZERO * 1.0) * (
         np.minimum(n, MU_FINE) / 24 + np.maximum(n - MU_FINE, 0) / 5
@@ -109,10 +112,11 @@ def mu_octaves(scale) -> np.ndarray:
 
 
 def mu_levels(width: int) -> np.ndarray:
-    """Level of each code, from -1 to 1: with a zero from 4 bits on, astride of it below."""
+    """Level of each code: with a zero from 4 bits on, astride of it below; each width's levels are
+    among those of the next."""
     if width < 4:
-        return np.linspace(-1, 1, 2**width)
-    return np.linspace(-1, 1, 2**width - 1)
+        return (np.arange(2**width) - (2**width - 1) / 2) / 4
+    return (np.arange(2**width - 1) - (2 ** (width - 1) - 1)) / 2 ** (width - 1)
 
 
 def decode_mu(codes, scale, sigma, width: int) -> np.ndarray:
@@ -125,26 +129,70 @@ def decode_mu(codes, scale, sigma, width: int) -> np.ndarray:
 
 def encode_mu(e, inside, alive, width: int, random: Noise) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of e = m / sigma. Decoded, a group keeps its length on average."""
-    levels = mu_levels(width)
-    largest = np.abs(e).max(-2, keepdims=True)
-    y = e / np.where(largest > 0, largest, 1) / REACH[width]
+    last = len(mu_levels(width)) - 1
+    cells = mu_cells(e, width)
     if width < 4:
-        cells = y * len(levels) / 2
-        cells = (
-            np.floor(np.where(np.abs(cells) < 0.5, cells + random.mu - 0.5, cells))
-            + len(levels) // 2
-        )
+        cells = np.where(np.abs(cells) < 0.5, cells + random.mu - 0.5, cells)
+        codes = np.floor(cells) + (last + 1) // 2
     else:
-        cells = np.floor(y * (len(levels) // 2) + 0.5) + len(levels) // 2
-    codes = np.clip(np.where(alive, cells, 0), 0, len(levels) - 1).astype(int)
+        codes = np.floor(cells + 0.5) + last // 2
+    codes = np.clip(np.where(alive, codes, 0), 0, last).astype(int)
+    return codes, np.where(alive, mu_scale(e, codes, inside, width, random), 0)
+
+
+def mu_cells(e, width: int) -> np.ndarray:
+    """How many cells each element is away from zero."""
+    largest = np.abs(e).max(-2, keepdims=True)
+    return e / np.where(largest > 0, largest, 1) / REACH[width] * (len(mu_levels(width)) // 2)
+
+
+def mu_scale(e, codes, inside, width: int, random: Noise) -> np.ndarray:
+    """The scale with which these codes are, on average, as long as e."""
+    levels = mu_levels(width)
     length = (e**2).sum(-2, keepdims=True)
     ratio = length / np.maximum(((levels[codes] ** 2) * inside).sum(-2, keepdims=True), TINY)
     steps = np.arange(256)
     squares = 4.0 ** mu_octaves(steps)
     below = np.clip(np.searchsorted(squares, ratio, side="right") - 1, 0, 254)
     up = random.mu_coin < (ratio - squares[below]) / (squares[below + 1] - squares[below])
-    scale = np.where(length < TINY, 0, np.clip(below + up, 0, 254))
-    return codes, np.where(alive, scale, 0)
+    return np.where(length < TINY, 0, np.clip(below + up, 0, 254))
+
+
+# --- from one plan to another; a moment's format is (width, window), of mu the width alone ---
+
+SALT = 0x7C15  # the noise of a new plan: seed ^ SALT
+
+
+def regroup_nu(codes, scale, row, inside, old, new, random: Noise) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales on a coarser lattice, or one of another window."""
+    deltas = [window / 2**width for width, window in (old, new)]
+    fresh = np.floor(codes * (deltas[0] / deltas[1]) + random.nu)
+    fresh -= np.where(inside, fresh, np.inf).min(-2, keepdims=True, initial=2**9)
+    fresh = np.clip(fresh, 0, 2 ** new[0] - 1).astype(int)
+    return fresh, nu_scale((codes, fresh), scale, row, inside, deltas, random)
+
+
+def nu_scale(codes, scale, row, inside, deltas, random: Noise) -> np.ndarray:
+    """The scale with which the second codes have the energy of the first."""
+    energies = [
+        (4.0 ** -(row * ROW_STEP + delta * x) * inside).sum(-2, keepdims=True)
+        for x, delta in zip(codes, deltas, strict=True)
+    ]
+    with np.errstate(all="ignore"):  # groups of padding alone
+        octaves = 0.5 * np.log2(energies[0] / energies[1])
+        moved = np.clip(
+            np.floor(scale + octaves / BASE_STEP + random.nu_coin), 1, BASE_NOT_FINITE - 1
+        )
+    return np.where((scale == 0) | (scale == BASE_NOT_FINITE), scale, moved)
+
+
+def grow_nu(codes, old, new) -> np.ndarray:
+    return codes << (new - old)
+
+
+def grow_mu(codes, old: int, new: int) -> np.ndarray:
+    """The codes of the same levels."""
+    return np.searchsorted(mu_levels(new), mu_levels(old)[codes])
 
 
 # --- one step of a leaf ---
@@ -159,11 +207,13 @@ class Codes(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """What a leaf's codes mean: widths, window in octaves, and what its noise is seeded by."""
+    """What a leaf's codes mean: widths, window in octaves, part of the way that the update's roots
+    go to their prediction; and what its noise is seeded by."""
 
     mu: int
     nu: int
     window: int
+    shrinkage: float
     seed: int
     leaf: int
 
@@ -176,24 +226,74 @@ class Adam(NamedTuple):
     nesterov: bool = False
 
 
+def moments(g, old: Codes, inside, b1, b2, slot: Slot) -> tuple[np.ndarray, ...]:
+    """The root of v as it was stored, then m and v one gradient later."""
+    sigma = decode_nu(old.nu, old.nu_scale, old.nu_row, slot.nu, slot.window) * inside
+    m = b1 * decode_mu(old.mu, old.mu_scale, sigma, slot.mu) + (1 - b1) * g
+    return sigma, m, b2 * sigma**2 + (1 - b2) * g**2
+
+
+def direction(g, m, v, adam: Adam, count) -> np.ndarray:
+    b1, b2, eps = (float(np.float32(x)) for x in adam[:3])
+    if adam.nesterov:
+        m_hat = b1 * m / (1 - b1 ** (count + 1)) + (1 - b1) * g / (1 - b1**count)
+    else:
+        m_hat = m / (1 - b1**count)
+    return m_hat / (np.sqrt(v / (1 - b2**count) + adam.eps_root) + eps)
+
+
 def step(g, old: Codes, where: Place, adam: Adam, slot: Slot, count) -> tuple[np.ndarray, Codes]:
     """The update and the codes after step ``count`` (1 for the first) on gradient tiles ``g``."""
-    b1, b2, eps = (float(np.float32(x)) for x in adam[:3])
+    b1, b2 = (float(np.float32(x)) for x in adam[:2])
     inside = where.element >= 0
     random = noise(slot.seed, slot.leaf, count, where.group)
     with np.errstate(all="ignore"):  # absent groups divide by zero and are masked
-        sigma = decode_nu(old.nu, old.nu_scale, old.nu_row, slot.nu, slot.window) * inside
-        m = b1 * decode_mu(old.mu, old.mu_scale, sigma, slot.mu) + (1 - b1) * g
-        v = b2 * sigma**2 + (1 - b2) * g**2
+        sigma, m, v = moments(g, old, inside, b1, b2, slot)
         nu = encode_nu(v, sigma, old, inside, slot, count % GROUP, random)
         alive = (nu.scale != 0) & (nu.scale != BASE_NOT_FINITE)
         root = decode_nu(nu.codes, nu.scale, nu.row, slot.nu, slot.window)
         e = np.where(alive & inside, m / root, 0)
         mu, mu_scale = encode_mu(e, inside, alive, slot.mu, random)
         mu_scale = np.where(nu.scale == BASE_NOT_FINITE, MU_NOT_FINITE, mu_scale)
-        if adam.nesterov:
-            m_hat = b1 * m / (1 - b1 ** (count + 1)) + (1 - b1) * g / (1 - b1**count)
-        else:
-            m_hat = m / (1 - b1**count)
-        update = m_hat / (np.sqrt(nu.used / (1 - b2**count) + adam.eps_root) + eps)
+        update = direction(g, m, nu.used, adam, count)
     return np.where(inside, update, 0), Codes(mu, nu.codes, mu_scale, nu.scale, nu.row)
+
+
+def statistics(
+    g, old: Codes, new: Codes, where: Place, adam: Adam, slot: Slot, count
+) -> dict[str, float]:
+    """Sums over the row in turn of every tile, of groups that are neither zero nor not finite: what
+    it did to the update that ``new`` is stored in place of the exact moments."""
+    b1, b2 = (float(np.float32(x)) for x in adam[:2])
+    inside = where.element >= 0
+    with np.errstate(all="ignore"):
+        _, m, v = moments(g, old, inside, b1, b2, slot)
+        predicted = predict_nu(v, new.nu_row, inside)
+        used = shrink(v, predicted, slot.shrinkage)
+        update = direction(g, m, used, adam, count)
+        root = decode_nu(new.nu, new.nu_scale, new.nu_row, slot.nu, slot.window)
+        off = decode_mu(new.mu, new.mu_scale, root, slot.mu) - m
+        mu_error = direction(0, off, used, adam, count) ** 2
+        octaves = np.log(root**2 / v), np.log(predicted / v)
+        energy = update**2
+        nu_error, spread = (np.where(energy > 0, energy * (x / 2) ** 2, 0) for x in octaves)
+    living = inside & (new.nu_scale > 0) & (new.nu_scale < BASE_NOT_FINITE)
+    last = 2**slot.nu - 1
+    values = {
+        "elements": np.ones(g.shape),
+        "energy": energy,
+        "mu_error": mu_error,
+        "nu_error": nu_error,
+        "spread": spread,
+        "zeros": mu_levels(slot.mu)[np.minimum(new.mu, len(mu_levels(slot.mu)) - 1)] == 0,
+        "saturated": energy * (new.nu == last),
+        "narrower": energy * (new.nu >= 0.6 * last),
+        "gradient": np.abs(g),
+        "gradient2": g**2,
+        "nu": used,
+    }
+    turn = count % GROUP
+    return {
+        name: float(np.sum(np.where(living, x, 0)[:, turn].astype(float)))
+        for name, x in values.items()
+    }

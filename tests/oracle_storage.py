@@ -21,12 +21,12 @@ def to_planes(codes: np.ndarray) -> np.ndarray:
 
 def read_slot(arena: np.ndarray, first: int, width: int, tiles: int) -> np.ndarray:
     """Codes [tiles, 32, 128] of the slot whose planes begin at row ``first``."""
-    codes = np.zeros((tiles, GROUP, LANES), np.int64)
+    rows = np.ascontiguousarray(arena[first : first + width * tiles], "<u4").view(np.uint8)
+    bits = np.unpackbits(rows, axis=-1, bitorder="little").reshape(width, tiles, LANES, GROUP)
+    codes = np.zeros((tiles, LANES, GROUP), np.int64)
     for p in range(width):
-        rows = arena[first + p * tiles : first + (p + 1) * tiles].astype(np.int64)
-        for j in range(GROUP):
-            codes[:, j] |= ((rows >> j) & 1) << p
-    return codes
+        codes |= bits[p].astype(np.int64) << p
+    return codes.swapaxes(-1, -2)
 
 
 def write_slot(arena: np.ndarray, first: int, width: int, codes: np.ndarray) -> None:

@@ -15,16 +15,16 @@ PACKAGE = "stquant_jax"
 FLOORS = (
     {"numerics", "planes"},
     {"layout", "noise"},
-    {"places", "codecs", "arena"},
+    {"places", "codecs", "arena", "blocks"},
     {"rules", "precision"},
     {"backends"},
-    {"checks"},
-    {"transform"},
-    {"optimizers", "interop", "introspect"},
+    {"checks", "planning"},
+    {"transform", "solo"},
+    {"optimizers", "interop", "introspect", "telemetry", "resizing"},
     {"__init__"},
 )
 # Mechanism, algebra, policy: none knows the others.
-STORAGE = {"planes", "layout", "noise", "places", "codecs", "arena"}
+STORAGE = {"planes", "layout", "noise", "places", "codecs", "arena", "blocks"}
 ROOMS = (STORAGE, {"rules"}, {"precision"})
 
 

@@ -12,7 +12,7 @@ from tests import oracle
 
 MU_WIDTHS = range(2, 9)
 GROUPS = 64
-CENTER = 128  # the scale of a group whose outermost level is 1
+CENTER = 128  # the scale that is 1
 VALID = np.ones((1, 32, 1), np.float32)
 
 
@@ -33,7 +33,7 @@ def mu_codes(e, width, seed=0):
     random = np.random.default_rng(seed)
     dither = ((random.integers(0, 256, e.shape) + 0.5) / 256).astype(np.float32)
     coin = random.random((1, 1, e.shape[-1]), np.float32)
-    code, scale = encode_mu(e.astype(np.float32), width, dither, coin)
+    code, scale, _ = encode_mu(e.astype(np.float32), width, dither, coin)
     return code.astype(jnp.uint32), scale
 
 
@@ -59,13 +59,24 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.mark.parametrize("width", MU_WIDTHS)
 def test_mu_levels(width):
-    """Evenly spaced from -1 to 1, symmetric, increasing; by definition."""
+    """Increasing, symmetric, evenly spaced; by definition."""
     want = oracle.mu_levels(width)
     code = jnp.arange(len(want), dtype=jnp.uint32)[None, :, None]
     got = np.asarray(decode_mu(code, jnp.full((1, 1, 1), CENTER, jnp.uint32), width)).ravel()
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert np.all(np.diff(got) > 0)
     assert (0 in got) == (width >= 4)
+    np.testing.assert_array_equal(got, -got[::-1])
+
+
+@pytest.mark.parametrize("width", range(2, 8))
+def test_mu_levels_are_nested(width):
+    """Bit for bit: what makes growing free of loss."""
+    code = jnp.arange(256, dtype=jnp.uint32)[None, :, None]
+    scale = jnp.full((1, 1, 1), 77, jnp.uint32)
+    few, many = (np.asarray(decode_mu(code, scale, w))[0, : 2**w] for w in (width, width + 1))
+    few = few[:-1] if width >= 4 else few  # the code that no level has
+    assert np.all(np.isin(few, many))
 
 
 def test_mu_scales():
@@ -75,7 +86,8 @@ def test_mu_scales():
     got = np.asarray(decode_mu(top, scale, 4), np.float64).ravel()
     assert got[0] == 0 and np.isnan(got[-1])
     assert np.all(np.diff(got[:-1]) > 0)
-    np.testing.assert_allclose(got[1:-1], 2.0 ** oracle.mu_octaves(np.arange(1, 255)), rtol=1e-5)
+    want = 7 / 8 * 2.0 ** oracle.mu_octaves(np.arange(1, 255))
+    np.testing.assert_allclose(got[1:-1], want, rtol=1e-5)
 
 
 def norm(x):
@@ -99,6 +111,7 @@ def test_mu_error_bound(kind, seed, width, octaves):
     reach = oracle.REACH[width]
     cells = 2 ** (width - 1) if width < 4 else 2 ** (width - 1) - 1  # on either side of zero
     level = np.asarray(decode_mu(code, jnp.full_like(scale, CENTER), width))
+    level = level / oracle.mu_levels(width)[-1]
     half = reach / cells / 2
     spread = reach * (1 - half / reach if width < 4 else 1)  # of the outermost level
     off = np.abs(spread * level - e / largest)
@@ -121,7 +134,7 @@ def test_mu_keeps_the_length(width, kind, octaves):
     dither = np.full(e.shape, 0.3, np.float32)
     energies = []
     for coin in (np.arange(64) + 0.5) / 64:
-        code, scale = encode_mu(e, width, dither, np.full((1, 1, GROUPS), coin, np.float32))
+        code, scale, _ = encode_mu(e, width, dither, np.full((1, 1, GROUPS), coin, np.float32))
         energies.append(norm(decode_mu(code.astype(jnp.uint32), scale, width)) ** 2)
     np.testing.assert_allclose(np.mean(energies, 0), 4.0**octaves, rtol=0.005)
 
@@ -141,7 +154,7 @@ def test_mu_zero_on_average(kind, width):
     e = np.repeat(groups(kind, 0), draws, -1)
     dither = np.tile((np.arange(draws, dtype=np.float32) + 0.5) / draws, GROUPS)
     dither = np.broadcast_to(dither, e.shape)
-    code, _ = encode_mu(e, width, dither, np.zeros((1, 1, e.shape[-1]), np.float32))
+    code, _, _ = encode_mu(e, width, dither, np.zeros((1, 1, e.shape[-1]), np.float32))
     level = decode_mu(code.astype(jnp.uint32), jnp.full((1, 1, e.shape[-1]), CENTER), width)
     mean = np.asarray(level).reshape(32, GROUPS, draws).mean(-1)
     assert np.all(np.abs(mean[e[0, :, ::draws] == 0]) < 1e-6)

@@ -8,6 +8,8 @@ import pytest
 
 import stquant_jax as stquant
 from stquant_jax import Budget, Fixed, Storage, scale_by_adam_q
+from stquant_jax.resizing import resize
+from stquant_jax.telemetry import metrics
 from tests import common
 
 TX = scale_by_adam_q(precision=Fixed(5, 4))
@@ -27,6 +29,13 @@ ARGUMENTS = [
     (lambda: Budget(33), "bits=33", "at most 32"),
     (lambda: Budget(float("nan")), "bits=nan", "above 0"),
     (lambda: Budget("5"), "bits='5'", "number"),
+    (lambda: Budget(interval=0), "interval=0", "at least 1, or None"),
+    (lambda: Budget(interval=2.5), "interval=2.5", "number of steps"),
+    (lambda: Budget(warmup=-1), "warmup=-1", "0 or more"),
+    (lambda: Budget(hysteresis=1.0), "hysteresis=1.0", "from 0 to below 1"),
+    (lambda: Budget(hysteresis=-0.1), "hysteresis=-0.1", "from 0 to below 1"),
+    (lambda: Budget(max_distortion=0), "max_distortion=0", "above 0"),
+    (lambda: Budget(max_distortion="low"), "max_distortion='low'", "None or a number"),
     (lambda: Storage(min_size=-1), "min_size=-1", "at least 0"),
     (lambda: Storage(min_size=0.5), "min_size=0.5", "integer"),
     (lambda: Storage(row_alignment=0), "row_alignment=0", "at least 1"),
@@ -104,21 +113,55 @@ def test_state_of_another_storage(storage):
     with pytest.raises(ValueError, match="the same storage"):
         scale_by_adam_q(precision=Fixed(5, 4), storage=storage).update(PARAMS, state)
     with pytest.raises(ValueError, match="the same storage"):
-        stquant.report(state, PARAMS, storage)
+        stquant.report(state, PARAMS, Fixed(5, 4), storage)
     with pytest.raises(ValueError, match="the same storage"):
-        stquant.to_optax(state, PARAMS, storage)
+        stquant.to_optax(state, PARAMS, Fixed(5, 4), storage)
+    with pytest.raises(ValueError, match="the same storage"):
+        resize(state, PARAMS, Fixed(6, 4), storage)
 
 
-def test_state_of_another_kind():
+def test_other_exact_pins():
+    """Leaves that are exact to the one and not to the other: said, wherever they are read."""
+    state, pinned = TX.init(PARAMS), Fixed(5, 4, pins={"tile": "exact"})
+    for call in (stquant.report, stquant.to_optax, resize):
+        with pytest.raises(ValueError, match="the same pins to 'exact'"):
+            call(state, PARAMS, pinned)
+
+
+READERS = {
+    "report": lambda state: stquant.report(state, PARAMS),
+    "to_optax": lambda state: stquant.to_optax(state, PARAMS),
+    "metrics": metrics,
+    "resize": lambda state: resize(state, PARAMS, Fixed(5, 4)),
+}
+
+
+def test_update_of_another_kind():
+    for state in (optax.scale_by_adam().init(PARAMS), optax.chain(TX).init(PARAMS)):
+        with pytest.raises(ValueError, match=f"state is {type(state).__name__}: expected"):
+            TX.update(PARAMS, state)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_state_of_another_kind(read):
+    """One state must be in what is given: not none, not two."""
     state = optax.scale_by_adam().init(PARAMS)
-    for call in (TX.update, lambda g, s: stquant.report(s, g), lambda g, s: stquant.to_optax(s, g)):
-        with pytest.raises(ValueError, match="state is ScaleByAdamState: expected"):
-            call(PARAMS, state)
+    with pytest.raises(ValueError, match="state is ScaleByAdamState: expected .* not none"):
+        read(state)
+    with pytest.raises(ValueError, match="state is tuple: expected .* not 2"):
+        read(optax.chain(TX, optax.scale(2.0), TX).init(PARAMS))
 
 
-def test_traced_state():
-    with pytest.raises(ValueError, match="outside jit"):
-        jax.jit(lambda state: stquant.report(state, PARAMS) and 0)(TX.init(PARAMS))
+@pytest.mark.parametrize("read", [READERS["report"], READERS["resize"]], ids=["report", "resize"])
+def test_traced_state(read):
+    with pytest.raises(ValueError, match="state is traced: .* outside jit"):
+        jax.jit(read)(TX.init(PARAMS))
+
+
+@pytest.mark.parametrize("read", [stquant.report, stquant.to_optax, resize])
+def test_storage_in_the_place_of_a_policy(read):
+    with pytest.raises(ValueError, match=r"precision=Storage\(.*: expected a policy"):
+        read(TX.init(PARAMS), PARAMS, Storage())
 
 
 def test_low_precision_hyperparameters():

@@ -1,8 +1,11 @@
 """What `plan` promises is what `report` finds and what the state holds, to the byte."""
 
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -31,7 +34,7 @@ def test_bytes(precision, storage):
             stquant.plan(PARAMS, precision, storage)
         return
     planned = stquant.plan(PARAMS, precision, storage)
-    assert planned == stquant.report(state, PARAMS, storage)
+    assert planned == stquant.report(state, PARAMS, precision, storage)
     assert planned.total_bytes == common.nbytes(state)
     parts = sum(leaf.bytes for leaf in planned.leaves)
     assert parts + planned.schedule_bytes + planned.free_bytes == planned.total_bytes
@@ -98,12 +101,59 @@ def test_report_follows_the_state():
     """It reads widths where they live."""
     tx = stquant.scale_by_adam_q(precision=stquant.Fixed(5, 4))
     state = tx.init(PARAMS)
-    widths = state.precision.widths.at[0].add(-1)
-    narrow = state._replace(precision=state.precision._replace(widths=widths))
+    plan = state.precision.plan
+    plan = plan._replace(widths=plan.widths.at[0].add(-1))
+    narrow = state._replace(precision=state.precision._replace(plan=plan))
     report = stquant.report(narrow, PARAMS)
     assert [leaf.mu_width for leaf in report.leaves if leaf.kind != "exact"] == [4, 5, 5, 5]
     assert report.total_bytes == common.nbytes(state)
     assert report.free_bytes == 3 * 512  # a plane of embed's three tiles
+
+
+def test_plot(tmp_path, monkeypatch):
+    """Widths over time, or those of now; of this report's slots and of no others."""
+    report = stquant.plan(PARAMS, stquant.Fixed(5, 4))
+    widths = [5, 4] * 4
+    steps = [{"count": 10 * i, "widths": np.array(widths) - i % 2} for i in range(4)]
+    for name, history in (("now.png", None), ("one.png", steps[:1]), ("all.svg", steps)):
+        report.plot(tmp_path / "new" / name, history)
+        assert (tmp_path / "new" / name).stat().st_size > 1000
+    drawn = (tmp_path / "new" / "all.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("embed", "tile", "mu", "nu", "step"))
+    for history in ([], [{"count": 0, "widths": widths[2:]}], [*steps, steps[0] | {"widths": []}]):
+        with pytest.raises(ValueError, match="expected at least one, and the 8 slots"):
+            report.plot(tmp_path / "none.png", history)
+    with pytest.raises(ValueError, match="0 slots"):
+        stquant.plan({"bias": PARAMS["bias"]}, stquant.Fixed()).plot(tmp_path / "none.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"stquant-jax\[examples\]"):
+        report.plot(tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_slots():
+    """Two for every quantized leaf, in the order of the state."""
+    leaves = ("embed", "ragged", "stack", "tile")
+    want = tuple(f"{leaf}/{moment}" for leaf in leaves for moment in ("mu", "nu"))
+    assert stquant.plan(PARAMS, stquant.Fixed(5, 4)).slots == want
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx, optax.scale(-1.0)),
+    "steps": lambda tx: optax.MultiSteps(tx, 2),
+    "masked": lambda tx: optax.masked(tx, True),
+    "inject": lambda tx: optax.inject_hyperparams(lambda lr: optax.chain(tx, optax.scale(lr)))(0.1),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_inside_an_optimizer(wrap):
+    """The state is found wherever it lies."""
+    precision = stquant.Fixed(5, 4)
+    tx = stquant.scale_by_adam_q(precision=precision)
+    state = wrap(tx).init(PARAMS)
+    assert stquant.report(state, PARAMS) == stquant.report(tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_equal(common.decode(state, PARAMS).mu, PARAMS)
 
 
 def wide(tree):

@@ -32,7 +32,7 @@ def gradients(step):
 def slots(state):
     """First row, width and tiles of every slot: leaf by leaf, mu before nu, one after the other."""
     tiles = np.repeat([len(place.element) for place in PLACES.values()], 2)
-    widths = np.asarray(state.precision.widths)
+    widths = np.asarray(state.precision.plan.widths)
     return list(zip(np.cumsum(widths * tiles) - widths * tiles, widths, tiles, strict=True))
 
 
@@ -90,7 +90,8 @@ def test_steps(mu, nu, nesterov):
         old, new = read(before), read(state)
         for i, (name, place) in enumerate(PLACES.items()):
             x, update = (storage.to_tiles(np.asarray(y[name], float), place) for y in (g, updates))
-            slot = oracle.Slot(mu, nu, window, seed=0, leaf=i)
+            shrinkage = float(before.precision.plan.shrinkage[2 * i + 1])
+            slot = oracle.Slot(mu, nu, window, shrinkage, seed=0, leaf=i)
             want = oracle.step(x, old[name], place, adam, slot, count)
             assert_leaf(update, new[name], *want, place)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stquant_jax as stquant
-from stquant_jax.precision import MU_ERROR, NU_ERROR
+from benchmarks import shapes
+from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
 
 TREES = {
     "one matrix": {"w": (512, 512)},
@@ -95,14 +96,28 @@ def test_plan_near_five_bits():
 
 def test_more_bits_less_error():
     """By the constants that rank the plans, which fall with the width."""
-    for errors in (MU_ERROR, NU_ERROR):
-        assert list(errors.values()) == sorted(errors.values(), reverse=True)
-        assert list(errors) == sorted(errors)
+    nu_error = 1 / (1 / np.array(NU_NOISE) + 1 / NU_SPREAD)
+    for errors in (np.array(MU_ERROR)[2:], nu_error[2:], NU_NOISE[2:]):
+        assert list(errors) == sorted(errors, reverse=True)
     cost = []
     for bits in np.arange(2.5, 9, 0.25):
-        widths = widths_of(TREES["one matrix"], stquant.Budget(float(bits)))["w"]
-        cost.append(MU_ERROR[widths[0]] + NU_ERROR[widths[1]])
+        mu, nu = widths_of(TREES["one matrix"], stquant.Budget(float(bits)))["w"]
+        cost.append(MU_ERROR[mu] + nu_error[nu])
     assert cost == sorted(cost, reverse=True)
+
+
+PARAMETERS = {"gpt2": 124_439_808, "vit-b16": 86_567_656, "llama-7b": 6_738_415_616}
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_budget_is_kept_and_used_by_models(name, bits):
+    """Of their size, from shapes alone: at most bits/32 of Optax's bytes, and nearly all of it."""
+    tree = shapes.SETS[name]
+    assert shapes.size(tree) == PARAMETERS[name]
+    share = nbytes(state_of(tree, stquant.Budget(bits))) / reference_bytes(tree)
+    assert share <= bits / 32
+    assert share > 0.999 * bits / 32
 
 
 @given(
@@ -128,10 +143,10 @@ def test_fixed(mu, nu, window):
     tree = TREES["transformer"]
     tx = stquant.scale_by_adam_q(precision=stquant.Fixed(mu, nu, window))
     state = tx.init({name: jnp.zeros(shape) for name, shape in tree.items()})
-    widths = np.asarray(state.precision.widths).reshape(-1, 2)
+    widths = np.asarray(state.precision.plan.widths).reshape(-1, 2)
     assert np.all(widths == [mu, nu])
     assert state.arena.shape == ((mu + nu) * state.mu_scale.shape[0], 128)
-    windows = np.asarray(state.precision.windows).reshape(-1, 2)
+    windows = np.asarray(state.precision.plan.windows).reshape(-1, 2)
     assert np.all(windows[:, 0] == 0) and len(set(windows[:, 1])) == 1
     if window:
         assert windows[0, 1] == window

@@ -126,10 +126,10 @@ def test_help(path, monkeypatch, capsys):
 
 
 def test_train_gpt(tmp_path):
-    """Two steps of a small model: both losses alike, every number where it is said to be."""
+    """Two steps of a small model: losses alike, one program a run, every number in its place."""
     command = [sys.executable, str(ROOT / "examples" / "train_gpt.py"), "--steps", "2"]
-    command += ["--bits", "5.0", "--layers", "1", "--features", "64", "--length", "16"]
-    command += ["--batch", "2", "--json", "run.json"]
+    command += ["--bits", "5.0", "4.0", "--interval", "1", "--layers", "1", "--features", "64"]
+    command += ["--length", "16", "--batch", "2", "--json", "run.json"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TQDM_DISABLE": "1"}
     run = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -138,14 +138,21 @@ def test_train_gpt(tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["corpus_bytes"] > 10**6
     assert record["python"].split(".")[0] == "3"
-    ours, theirs = record["stquant.adamw"], record["optax.adamw"]
-    for x in (ours, theirs):
+    assert record["config"]["bits"] == [5.0, 4.0]
+    theirs = record["optax.adamw"]
+    ours = {bits: record[f"stquant.adamw {bits} bits"] for bits in (5.0, 4.0)}
+    for x in (theirs, *ours.values()):
         assert {"val_loss", "state_bytes", "params", "seconds_per_step", "loss"} <= x.keys()
         assert len(x["loss"]) == 2
-    assert ours["params"] == theirs["params"]
-    assert ours["loss"][0] == theirs["loss"][0]
-    assert abs(ours["val_loss"] - theirs["val_loss"]) < 0.1
-    assert ours["state_bytes"] <= 5.0 / 32 * theirs["state_bytes"]
-    assert (tmp_path / "train_gpt.png").stat().st_size > 1000
-    for word in (record["python"], "optax.adamw", "stquant.adamw", "ratio"):
+        assert x["compilations"] == 1
+    for bits, x in ours.items():
+        assert x["params"] == theirs["params"]
+        assert x["loss"][0] == theirs["loss"][0]
+        assert abs(x["val_loss"] - theirs["val_loss"]) < 0.1
+        assert x["bits"] <= bits and x["state_bytes"] <= bits / 32 * theirs["state_bytes"]
+        assert x["count"] == [2]
+        assert np.shape(x["widths"]) == (1, len(x["slots"]))
+    for plot in ("train_gpt.png", "train_gpt_widths.png"):
+        assert (tmp_path / plot).stat().st_size > 1000
+    for word in (record["python"], "optax.adamw", "stquant.adamw 4.0 bits", "ratio", "compiled"):
         assert word in run.stdout

@@ -16,16 +16,14 @@ GROUPS = 128
 
 @jax.jit
 def decode(old, width, window):
-    lat = codecs.lattice(width, window)
+    lat = codecs.lattice(width, window, 0.0)
     return codecs.decode_second(*old, jnp.ones_like(old[0], jnp.float32), lat)
 
 
 @jax.jit
-def encode(v, old, turn, width, window, dither, coin, shrinkage=None):
+def encode(v, old, turn, width, window, dither, coin, shrinkage=0.5):
     """SecondCode of v, which grew out of the codes, scales and rows `old`."""
-    lat, valid = codecs.lattice(width, window), jnp.ones_like(v)
-    if shrinkage is not None:
-        lat = lat._replace(shrinkage=shrinkage)
+    lat, valid = codecs.lattice(width, window, shrinkage), jnp.ones_like(v)
     second = codecs.decode_second(*old, valid, lat)
     return codecs.encode_second(v, second, old[2], turn, valid, lat, dither, coin)
 
@@ -139,17 +137,16 @@ def test_shrinkage_is_not_stored(width):
     old = codes(width)
     v = np.asarray(decode(old, width, 3).v)
     v = v * np.exp(0.3 * np.random.default_rng(0).standard_normal(v.shape)).astype(np.float32)
-    none, whole, own = (encode(v, old, 7, width, 3, *noise(), s) for s in (0.0, 1.0, None))
-    for other in (whole, own):
+    none, whole, half = (encode(v, old, 7, width, 3, *noise(), s) for s in (0.0, 1.0, 0.5))
+    for other in (whole, half):
         for x, y in zip(packed(none), packed(other), strict=True):
             np.testing.assert_array_equal(x, y)
     np.testing.assert_allclose(none.v_used, v, rtol=2e-5)
-    # Shrunk all the way, elements are told apart by their row alone; the constants go part of it.
-    logs = [np.log2(x.v_used) for x in (none, whole, own)]
+    # Shrunk all the way, elements are told apart by their row alone.
+    logs = [np.log2(x.v_used) for x in (none, whole, half)]
     between_rows = logs[1] - logs[1][:, :1]
     assert np.max(np.ptp(between_rows, axis=-1)) < 1e-4
-    part = logs[0] + oracle.SHRINKAGE[width] * (logs[1] - logs[0])
-    np.testing.assert_allclose(logs[2], part, atol=1e-4)
+    np.testing.assert_allclose(logs[2], 0.5 * (logs[0] + logs[1]), atol=1e-4)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

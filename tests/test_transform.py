@@ -44,7 +44,8 @@ def test_one_compilation():
     state = TX.init(common.zeros(SMALL))
     for i in range(3):
         _, state = STEP(common.gaussian(SMALL, i), state)
-    narrow = state.precision._replace(widths=state.precision.widths - 1)
+    plan = state.precision.plan
+    narrow = state.precision._replace(plan=plan._replace(widths=plan.widths - 1))
     STEP(common.gaussian(SMALL), state._replace(precision=narrow))
     assert STEP._cache_size() == 1
 

@@ -6,6 +6,8 @@ Every backend runs this body.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from stquant_jax.codecs import (
     Hold,
@@ -18,7 +20,11 @@ from stquant_jax.codecs import (
 )
 from stquant_jax.noise import Dither
 from stquant_jax.numerics import to_code, to_float
+from stquant_jax.precision import Sums
 from stquant_jax.rules import Adam, AdamScalars
+
+LN2 = 0.6931471805599453
+NARROWER = 0.6  # of a window: about the next narrower one
 
 
 class Codes(NamedTuple):
@@ -45,20 +51,77 @@ def update_block(
     noise: Dither,
     turn: jax.Array,
     hold: Hold,
-) -> tuple[jax.Array, Codes]:
-    """The update of a float32 block [..., 32, n] and its new codes."""
+) -> tuple[jax.Array, Codes, Sums]:
+    """The update of a float32 block [..., 32, n], its new codes and their statistics."""
     row = to_float(old.nu_row)
     second = decode_second(old.nu, old.nu_scale, row, valid, lat, hold)
     mu = decode_first(old.mu, old.mu_scale, second.sigma, lev, hold)
     mu, nu = rule.accumulate(g, mu, second.v, scalars)
     mu, nu = hold((mu, nu))
     new = encode_second(nu, second, row, turn, valid, lat, noise.nu, noise.nu_coin, hold)
-    mu_codes, mu_scale = encode_first(
+    first = encode_first(
         hold(mu * new.inverse_root), valid, new.presence, lev, noise.mu, noise.mu_coin, hold
     )
     # One element that is not finite shows in its whole group, at once.
     visible = hold(1.0 + 0.0 * new.presence)
     update = rule.direction(g, mu, new.v_used, scalars) * visible
-    return update, Codes(
-        to_code(mu_codes), to_code(new.codes), mu_scale, new.scale, to_code(new.row)
+
+    codes = Codes(
+        to_code(first.codes), to_code(new.codes), first.scale, new.scale, to_code(new.row)
+    )
+
+    def in_turn(x):
+        """What a tile's row in turn has of it: [..., 1, n]."""
+        return lax.dynamic_slice_in_dim(jnp.broadcast_to(x, g.shape), turn, 1, axis=-2)
+
+    sample = Sample(
+        present=valid * new.presence == 1.0,
+        g=g,
+        update=update,
+        nu=new.v_used,
+        sigma=1.0 / new.inverse_root,
+        mu_error=first.error,
+        nu_error=new.error,
+        spread=new.spread,
+        mu_code=first.codes,
+        nu_code=new.codes,
+    )
+    return update, codes, sums_of(hold(jax.tree.map(in_turn, sample)), rule, scalars, lev, lat)
+
+
+class Sample(NamedTuple):
+    """Elements that statistics are taken of: [..., 1, n]."""
+
+    present: jax.Array
+    g: jax.Array
+    update: jax.Array
+    nu: jax.Array
+    sigma: jax.Array  # the root of nu that mu is coded by
+    mu_error: jax.Array  # decoded less true, in sigmas
+    nu_error: jax.Array  # octaves of sigma
+    spread: jax.Array  # octaves of sigma
+    mu_code: jax.Array
+    nu_code: jax.Array
+
+
+def sums_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
+    """Sums over the last two axes, groups that are zero or not finite left out."""
+
+    def total(values):
+        return jnp.sum(jnp.where(x.present, values, 0.0), axis=(-2, -1))
+
+    mu_error = rule.direction(jnp.zeros_like(x.g), x.mu_error * x.sigma, x.nu, scalars)
+    energy = x.update * x.update
+    return Sums(
+        elements=total(1.0),
+        energy=total(energy),
+        mu_error=total(mu_error * mu_error),
+        nu_error=total(energy * jnp.square(LN2 * x.nu_error)),
+        spread=total(energy * jnp.square(LN2 * x.spread)),
+        zeros=total(jnp.where(x.mu_code + lev.low + lev.between == 0.0, 1.0, 0.0)),
+        saturated=total(jnp.where(x.nu_code >= lat.last, energy, 0.0)),
+        narrower=total(jnp.where(x.nu_code >= NARROWER * lat.last, energy, 0.0)),
+        gradient=total(jnp.abs(x.g)),
+        gradient2=total(x.g * x.g),
+        nu=total(x.nu),
     )

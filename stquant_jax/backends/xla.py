@@ -6,6 +6,7 @@ chunk: read planes, compute, write planes. Nothing reads the arena after a write
 or XLA would copy the arena.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,15 +17,14 @@ from jax import lax
 from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.backends.fused import Codes, update_block
-from stquant_jax.codecs import Hold, lattice, levels
+from stquant_jax.backends.loops import holder, over_tiles
+from stquant_jax.codecs import lattice, levels
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
 from stquant_jax.noise import dither
-from stquant_jax.places import Place
+from stquant_jax.places import places_of
 from stquant_jax.planes import GROUP, LANES
+from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules import Adam, AdamScalars
-
-# Tiles computed together: enough to amortise an iteration of the loop, few enough for the cache.
-CHUNK = 8
 
 
 class Buffers(NamedTuple):
@@ -32,6 +32,7 @@ class Buffers(NamedTuple):
 
     data: jax.Array  # [tiles, 32, 128] gradients in, updates out
     packed: rows.Packed
+    sums: jax.Array  # [leaves, statistics]
 
 
 def step(
@@ -42,17 +43,17 @@ def step(
     count: jax.Array,
     grads: list[jax.Array],
     packed: rows.Packed,
-    widths: jax.Array,
-    windows: jax.Array,
-) -> tuple[list[jax.Array], rows.Packed]:
-    """One fused update of all quantized leaves: updates and what is stored of them."""
+    plan: Plan,
+) -> tuple[list[jax.Array], rows.Packed, Sums]:
+    """One fused update of all quantized leaves: updates, what is stored of them, and statistics
+    float32[leaves] of what storing did.
+    """
     leaves = layout.quantized
+    sums = jnp.zeros((len(leaves), len(Sums._fields)), jnp.float32)
     if not leaves:
-        return [], packed
-    chunk = min(CHUNK, layout.tiles)  # a loop that never runs is traced all the same
-    places = jax.tree.map(
-        lambda *column: jnp.asarray(np.array(column, np.int32)), *map(Place.of, leaves)
-    )
+        return [], packed, Sums(*sums.T)
+    widths = plan.widths
+    places = places_of(leaves)
     tiles, first = (
         jnp.asarray(np.array(x, np.int32))
         for x in ([leaf.tiles for leaf in leaves], layout.first_tile)
@@ -61,7 +62,7 @@ def step(
     hold = holder(count > 0)
     ragged = any(leaf.ragged for leaf in leaves)
 
-    def update_chunk(size: int, leaf: jax.Array, tile: jax.Array, b: Buffers) -> Buffers:
+    def update_chunk(leaf: jax.Array, size: int, tile: jax.Array, b: Buffers) -> Buffers:
         mu, nu = 2 * leaf, 2 * leaf + 1
         spans = [rows.Span(offsets[slot] + tile, widths[slot], tiles[leaf]) for slot in (mu, nu)]
         at = first[leaf] + tile
@@ -90,15 +91,19 @@ def step(
         noise = dither(
             storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
         )
-        lev, lat = levels(widths[mu]), lattice(widths[nu], windows[nu])
+        lev = levels(widths[mu])
+        lat = lattice(widths[nu], plan.windows[nu], plan.shrinkage[nu])
         g = g.astype(jnp.float32)
-        update, new = update_block(
+        update, new, part = update_block(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, hold
         )
 
         def put(buffer, x, at):
             return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
 
+        sums = b.sums[leaf]
+        for i in range(size):  # one after the other, whatever the size of the chunk
+            sums += jnp.stack(part, axis=-1)[i]
         new_planes = [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
         return Buffers(
             put(b.data, update, at),
@@ -108,33 +113,19 @@ def step(
                 put(old_packed.nu_scale, new.nu_scale[:, 0], at),
                 put(old_packed.nu_row, new.nu_row.reshape(-1), at * GROUP),
             ),
+            b.sums.at[leaf].set(sums),
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
-        whole = tiles[leaf] // chunk
-        b = lax.fori_loop(0, whole, lambda i, b: update_chunk(chunk, leaf, i * chunk, b), b)
-        return lax.fori_loop(
-            whole * chunk, tiles[leaf], lambda i, b: update_chunk(1, leaf, i, b), b
-        )
+        return over_tiles(tiles[leaf], layout.tiles, partial(update_chunk, leaf), b)
 
     dtype = jnp.result_type(*grads)
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
     for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
         data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
-    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, packed))
+    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, packed, sums))
     updates = [
         from_tiles(b.data[first : first + leaf.tiles], leaf).astype(g.dtype)
         for g, leaf, first in zip(grads, leaves, layout.first_tile, strict=True)
     ]
-    return updates, b.packed
-
-
-def holder(always: jax.Array) -> Hold:
-    """A function that keeps a value in memory: a branch that is always taken, though only at run
-    time it is known to be.
-
-    XLA's fusion computes cheap values again for every use, here whole chains of them, and reads a
-    slice of a buffer after the buffer was written, for which it has to copy the buffer. It does
-    neither across a conditional.
-    """
-    return lambda x: lax.cond(always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
+    return updates, b.packed, Sums(*b.sums.T)

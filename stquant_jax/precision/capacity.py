@@ -1,0 +1,110 @@
+"""What a number of bits per state element holds: rows of the arena, and widths to fill them where
+nothing is measured.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from stquant_jax.precision.policy import ROW_BYTES
+from stquant_jax.precision.slots import MU, MU_WIDTHS, NU, NU_WIDTHS, Slots
+from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
+
+
+def check_bits(policy: Any) -> None:
+    if not is_number(policy.bits) or not 0 < policy.bits <= 32:
+        raise ValueError(
+            f"{type(policy).__name__}(bits={policy.bits!r}): expected a number of bits per state "
+            "element, above 0 and at most 32"
+        )
+
+
+def check_interval(policy: Any) -> None:
+    steps = policy.interval
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(
+            f"{type(policy).__name__}(interval={steps!r}): expected a number of steps of at least "
+            "1, or None"
+        )
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def capacity(policy: Any, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
+    """Rows of the arena that a number of bits per state element leaves.
+
+    Raises:
+      ValueError: below the floor; names the smallest budget that fits.
+    """
+    rows = int((policy.bits / 32 * reference_bytes - fixed_bytes) // ROW_BYTES)
+    floor = int(np.sum(slots.tiles * slots.narrowest))
+    if rows < floor:
+        smallest = np.ceil(32 * (fixed_bytes + ROW_BYTES * floor) / reference_bytes * 1000) / 1000
+        advice = "; raise Storage(min_size=...), small leaves fill whole tiles"
+        pinned = ", pins" if policy.pins else ""
+        raise ValueError(
+            f"{type(policy).__name__}(bits={policy.bits}) is below the floor: the smallest budget "
+            f"that fits these parameters is {smallest:g} bits per state element (mu at "
+            f"{MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales{pinned} and exact leaves included)"
+            f"{advice if smallest > 32 else ''}"
+        )
+    return min(rows, int(np.sum(slots.tiles * slots.widest)))
+
+
+def fill(slots: Slots, rows: int, widths: np.ndarray | None = None) -> np.ndarray:
+    """int[slots]: widths that fill so many rows, when nothing is measured and all slots of a moment
+    gain alike; from the narrowest on, or from given ones.
+
+    Takes the steps in the order of gain per bit, each for as many slots as fit, the largest first.
+    """
+    widths = slots.narrowest if widths is None else widths.copy()
+    free = rows - int(np.sum(slots.tiles * widths))
+    for moment, width, wider in _by_gain():
+        for slot in np.argsort(-slots.tiles, kind="stable"):
+            cost = int(slots.tiles[slot]) * (wider - int(widths[slot]))
+            here = slots.moment[slot] == moment and width <= widths[slot] < wider
+            if here and slots.allowed[slot, wider] and cost <= free:
+                widths[slot] = wider
+                free -= cost
+    return widths
+
+
+def refit(slots: Slots, rows: int, widths: np.ndarray) -> np.ndarray:
+    """int[slots]: given widths, made to fill another number of rows: the least useful bits go, the
+    smallest slots first, then `fill`. With more rows no slot becomes narrower."""
+    widths = widths.copy()
+    for moment, width, wider in reversed(_by_gain()):
+        for slot in np.argsort(slots.tiles, kind="stable"):
+            here = slots.moment[slot] == moment and width < widths[slot] <= wider
+            if here and slots.allowed[slot, width] and np.sum(slots.tiles * widths) > rows:
+                widths[slot] = width
+    return fill(slots, rows, widths)
+
+
+def _by_gain() -> list[tuple[int, int, int]]:
+    """Steps (moment, width, next width) by the fall of error per bit, on the convex hulls."""
+    steps = []
+    nu_error = {w: 1 / (1 / NU_NOISE[w] + 1 / NU_SPREAD) for w in NU_WIDTHS}
+    for moment, errors in ((MU, {w: MU_ERROR[w] for w in MU_WIDTHS}), (NU, nu_error)):
+        for width, wider in itertools.pairwise(_hull(errors)):
+            gain = (errors[width] - errors[wider]) / (wider - width)
+            steps.append((gain, moment, width, wider))
+    return [step[1:] for step in sorted(steps, key=lambda step: (-step[0], step[2]))]
+
+
+def _hull(errors: dict[int, float]) -> list[int]:
+    """Widths on the lower convex hull of their errors."""
+    hull: list[int] = []
+    for width in sorted(errors):
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            slope = (errors[width] - errors[a]) / (width - a)
+            if errors[a] + slope * (b - a) > errors[b]:
+                break
+            hull.pop()
+        hull.append(width)
+    return hull

@@ -1,0 +1,170 @@
+"""What every policy offers, the part of the state that it owns, and `Fixed`, the simplest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stquant_jax.precision.slots import (
+    EXACT,
+    MU,
+    MU_WIDTHS,
+    NU_WIDTHS,
+    WIDEST,
+    Slots,
+    checked_pins,
+    pin_of,
+)
+from stquant_jax.precision.statistics import Observed, nothing_observed
+
+WINDOWS = (1, 2, 3, 4, 6, 8)  # octaves that a lattice of nu may span
+# The window of nu that served best in the closed loop, by width 0..8.
+DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
+# How far an element's root is pulled to what its group and row predict, in the update: lattice
+# noise over noise plus spread, as found in the closed loop. By width 0..8.
+DEFAULT_SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
+
+ROW_BYTES = 512
+
+
+class Plan(NamedTuple):
+    """How each slot is stored, [slots]; the latter two are 0 for mu."""
+
+    widths: jax.Array  # int32, bits of a code
+    windows: jax.Array  # int32, octaves
+    shrinkage: jax.Array  # float32, of nu's roots toward their prediction, in the update
+
+
+class PrecisionState(NamedTuple):
+    """The part of the optimizer's state that a policy owns."""
+
+    plan: Plan
+    observed: Observed
+    memory: Any  # the policy's own arrays, a NamedTuple
+
+    @property
+    def widths(self) -> jax.Array:
+        return self.plan.widths
+
+
+class NoMemory(NamedTuple):
+    """A policy that remembers nothing."""
+
+
+class Policy:
+    """Base of all policies, which are frozen dataclasses.
+
+    Attributes:
+      pins: regular expression of a leaf's path -> its width, a pair of widths (mu, nu), or "exact"
+        (float32). The first that is found in a path counts.
+      interval: steps between two decisions; None where plans never change.
+    """
+
+    pins: Any = ()
+    interval: int | None = None
+
+    def __post_init__(self):
+        # a tuple in place of the mapping, so that a policy can be hashed
+        object.__setattr__(self, "pins", checked_pins(self.pins))
+
+    def keeps_exact(self, path: str) -> bool:
+        """A leaf is pinned to float32."""
+        return pin_of(self.pins, path) == EXACT
+
+    def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
+        """Rows of the arena.
+
+        Args:
+          slots: static facts of the slots.
+          fixed_bytes: what the state takes beside the arena.
+          reference_bytes: what Optax's float32 state takes.
+        """
+        raise NotImplementedError
+
+    def first_widths(self, slots: Slots, rows: int) -> np.ndarray:
+        """int[slots]: widths to start with, on the host."""
+        raise NotImplementedError
+
+    def first_windows(self, widths: np.ndarray) -> np.ndarray:
+        return np.array(DEFAULT_WINDOW)[widths]
+
+    def first_memory(self, slots: Slots) -> Any:
+        """What the policy remembers, arrays in a NamedTuple."""
+        return NoMemory()
+
+    def decide(
+        self, slots: Slots, rows: int, state: PrecisionState, decays: tuple, count: jax.Array
+    ) -> PrecisionState:
+        """The state with a new plan. Called under `jax.lax.cond` every ``interval`` steps.
+
+        Args:
+          slots, rows: as for `first_widths`; static.
+          state: the precision state, traced.
+          decays: of mu and nu, scalars.
+          count: int32[], updates done.
+        """
+        raise NotImplementedError
+
+    def refit(self, slots: Slots, rows: int, widths: np.ndarray) -> np.ndarray:
+        """int[slots]: widths to go on with after `stquant.resize`, from those so far."""
+        return self.first_widths(slots, rows)
+
+    def init(self, slots: Slots, rows: int) -> PrecisionState:
+        """The state to start with."""
+        widths = np.asarray(self.first_widths(slots, rows), np.int32)
+        windows = np.asarray(self.first_windows(widths), np.int32)
+        shrinkage = np.array(DEFAULT_SHRINKAGE, np.float32)[widths]
+        mu = slots.moment == MU
+        return PrecisionState(
+            Plan(
+                jnp.asarray(widths),
+                jnp.asarray(np.where(mu, 0, windows)),
+                jnp.asarray(np.where(mu, np.float32(0), shrinkage)),
+            ),
+            nothing_observed(len(slots.tiles) // 2),
+            self.first_memory(slots),
+        )
+
+
+@dataclass(frozen=True)
+class Fixed(Policy):
+    """The same widths for all slots, from the first step to the last.
+
+    Attributes:
+      mu: bits of a code of the first moment, 2..8.
+      nu: bits of a code of the second moment, 0..8.
+      window: octaves that the second moment's lattice spans, 1, 2, 3, 4, 6 or 8; None for the best
+        at that width.
+      pins: other widths for some leaves: regular expression of the leaf's path -> width, (mu, nu)
+        or "exact".
+    """
+
+    mu: int = 5
+    nu: int = 4
+    window: int | None = None
+    pins: Mapping[str, Any] | tuple = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, low in (("mu", MU_WIDTHS[0]), ("nu", NU_WIDTHS[0])):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= WIDEST:
+                raise ValueError(
+                    f"Fixed({name}={value!r}): expected an integer width from {low} to {WIDEST}"
+                )
+        if self.window is not None and self.window not in WINDOWS:
+            raise ValueError(f"Fixed(window={self.window!r}): expected None or one of {WINDOWS}")
+
+    def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
+        return int(np.sum(slots.tiles * self.first_widths(slots, 0)))
+
+    def first_widths(self, slots: Slots, rows: int) -> np.ndarray:
+        return slots.pinned(np.where(slots.moment == MU, self.mu, self.nu))
+
+    def first_windows(self, widths: np.ndarray) -> np.ndarray:
+        if self.window is None:
+            return super().first_windows(widths)
+        return np.full_like(widths, self.window)

@@ -1,0 +1,163 @@
+"""What is measured of every slot, and the closed-loop error that is estimated from it.
+
+The fused step reports sums over a sample of each leaf's elements (`Sums`). Their moving averages
+tell how much error a step injects into the update; how much of it is there at a time follows from
+the decay of the moment. An error in a moment of decay b is carried from step t - 1 to step t by the
+factor
+
+    b n(t-1) / n(t),    n(t) = (1 - b**t) / (1 - b)
+
+(n steps weigh as much as the whole average), so the squared errors of independent steps pile up to
+
+    D(t) = injected(t) + (b n(t-1) / n(t))**2 D(t-1)
+
+which is t/3 injections while the moment is young and 1/(1 - b**2) in the end.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Steps that the averages reach back: twice the 32 in which every element is sampled once.
+_MEMORY = 64
+
+# Injections of nu are far from independent: the dither rotates by the golden ratio, so that an
+# element that was rounded up is rounded down when it is due. Piled up they come to this part of
+# what independent ones would (benchmarks/results/allocation.png has the outcome).
+NU_INDEPENDENCE = 0.25
+# Part of nu's noise that shows in the measured spread of v inside groups.
+_NOISE_IN_SPREAD = 0.5
+_LEAST_SPREAD = 1e-4
+# Growth of a spread that nothing measures, per memory of nu: a slot is tried again before long.
+_CURIOSITY = 0.1
+
+# Squared error of the update that a moment costs in the closed loop at each width, over the
+# update's energy: what benchmarks/codec.py measures on its GPT and ViT streams, rounded. Policies
+# take from them how errors fall from width to width, and start with them.
+MU_ERROR = (jnp.inf, jnp.inf, 0.34, 0.12, 0.0335, 0.0084, 0.0023, 0.00085, 0.0005)
+NU_NOISE = (jnp.inf, jnp.inf, 0.106, 0.0525, 0.0257, 0.0114, 0.0049, 0.0024, 0.0011)
+NU_SPREAD = 0.0547  # of v inside groups; where nu has no codes it is the error
+
+
+class Sums(NamedTuple):
+    """Sums over the elements in one row of each tile, per leaf: float32[leaves].
+
+    The row is the one whose turn it is, so in 32 steps every element is counted once; a statistic
+    of all elements at every step would tell little more and cost much more.
+    """
+
+    elements: jax.Array
+    energy: jax.Array  # of the update
+    mu_error: jax.Array  # energy that the rounding of mu puts into the update
+    nu_error: jax.Array  # the same for nu
+    spread: jax.Array  # energy that the update would be off if v were what group and row predict
+    zeros: jax.Array  # codes of mu that stand for zero
+    saturated: jax.Array  # energy where codes of nu are at the end of the window
+    narrower: jax.Array  # energy where they would be in the next narrower window
+    gradient: jax.Array  # magnitudes
+    gradient2: jax.Array  # squares
+    nu: jax.Array  # second moments
+
+
+class Observed(NamedTuple):
+    """Averages and estimates, float32[leaves]."""
+
+    averages: jax.Array  # float32[statistics, leaves]: moving averages of `Sums`
+    weight: jax.Array  # of the steps in them: from 0, when they were last reset, to 1
+    mu_noise: jax.Array  # D of mu and of nu, over the update's energy
+    nu_noise: jax.Array
+    spread: jax.Array  # of v inside groups, over the update's energy, without the lattice's noise
+    presumed: jax.Array  # what was thought of it when the slot got its codes
+    maturity: jax.Array  # of those codes: the part of their memory that they were there for
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(*self.averages / jnp.maximum(self.weight, 1e-6))
+
+
+def nothing_observed(leaves: int) -> Observed:
+    def full(value, *shape):
+        return jnp.full((*shape, leaves), value, jnp.float32)
+
+    return Observed(
+        averages=full(0, len(Sums._fields)),
+        weight=full(0),
+        mu_noise=full(0),
+        nu_noise=full(0),
+        spread=full(NU_SPREAD),
+        presumed=full(NU_SPREAD),
+        maturity=full(1),
+    )
+
+
+def observe(
+    old: Observed, sums: Sums, nu_widths: jax.Array, decays: tuple, count: jax.Array
+) -> Observed:
+    """Take the sums of step ``count`` into the averages.
+
+    A leaf whose sums are not finite keeps what it had: its moments show it, the plan does not.
+    """
+    keep = 1 - 1 / _MEMORY
+    # nu's injections fall as 1/n(t) while it is young: averaged is what they are to be in the end.
+    age = (1 - decays[1] ** count) / (1 - decays[1])
+    now = jnp.stack(sums._replace(nu_error=sums.nu_error * age * (1 - decays[1])))
+    sound = jnp.all(jnp.isfinite(now), axis=0)
+    averages = jnp.where(sound, keep * old.averages + (1 - keep) * now, old.averages)
+    weight = jnp.where(sound, keep * old.weight + (1 - keep), old.weight)
+    new = Sums(*averages)
+    mu, nu = (_ratio(x, new.energy) for x in (new.mu_error, new.nu_error))
+    carried = [_carried(decay, count) for decay in decays]
+    mu_noise = decays[0] ** 2 * mu + carried[0] ** 2 * old.mu_noise
+    nu_noise = NU_INDEPENDENCE * nu / (age * (1 - decays[1])) + carried[1] ** 2 * old.nu_noise
+
+    # Codes that start from the prediction show the spread as it grows into them.
+    coded = nu_widths > 0
+    maturity = jnp.where(coded, 1 - carried[1] * (1 - old.maturity), 0.0)
+    _, lattice = noise(averages, decays)
+    shown = jnp.maximum(_ratio(new.spread, new.energy) - _NOISE_IN_SPREAD * lattice, 0.0)
+    # The window cuts the tail of the spread off.
+    shown /= jnp.square(1 - jnp.minimum(_ratio(new.saturated, new.energy), 0.5))
+    spread = jnp.maximum(shown + (1 - maturity**2) * old.presumed, _LEAST_SPREAD)
+    curious = old.spread * (1 + _CURIOSITY * (1 - decays[1]))
+    spread = jnp.where(coded, jnp.where(new.energy > 0, spread, old.spread), curious)
+    presumed = jnp.where(coded, old.presumed, spread)
+    # Without codes all of the spread is error, and it is the first codes' to work off.
+    nu_noise = jnp.where(coded, nu_noise, spread)
+    return Observed(averages, weight, mu_noise, nu_noise, spread, presumed, maturity)
+
+
+def forget(observed: Observed, changed: jax.Array) -> Observed:
+    """Averages start anew for leaves whose codes mean something else from now on, bool[leaves]."""
+    kept = jnp.where(changed, 0.0, 1.0)
+    return observed._replace(averages=observed.averages * kept, weight=observed.weight * kept)
+
+
+def noise(averages: jax.Array, decays: tuple) -> tuple[jax.Array, jax.Array]:
+    """Error of mu and of nu's codes, over the update's energy, that the present widths lead to once
+    the moments are old: injected / (1 - decay**2)."""
+    sums = Sums(*averages)
+    mu, nu = (_ratio(x, sums.energy) for x in (sums.mu_error, sums.nu_error))
+    mu *= decays[0] ** 2 / (1 - decays[0] ** 2)
+    return mu, NU_INDEPENDENCE * nu / (1 - decays[1] ** 2)
+
+
+def distortion(observed: Observed, nu_widths: jax.Array) -> jax.Array:
+    """float32[slots]: the estimated closed-loop error of each slot, over its leaf's energy."""
+    nu = jnp.where(nu_widths == 0, observed.spread, shrunk(observed.nu_noise, observed.spread))
+    return jnp.stack([observed.mu_noise, nu], axis=1).reshape(-1)
+
+
+def shrunk(noise: jax.Array, spread: jax.Array) -> jax.Array:
+    """Error that is left of a noise by shrinking optimally toward a mean with this spread around
+    it (James and Stein): noise * spread / (noise + spread)."""
+    return 1 / (1 / jnp.maximum(noise, 1e-12) + 1 / jnp.maximum(spread, 1e-12))
+
+
+def _carried(decay: jax.Array, count: jax.Array) -> jax.Array:
+    t = count.astype(jnp.float32)
+    return decay * (1 - decay ** (t - 1)) / (1 - decay**t)
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)

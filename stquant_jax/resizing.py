@@ -1,0 +1,100 @@
+"""From one policy or budget to another in the middle of a run."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stquant_jax import arena as rows
+from stquant_jax.backends.repack import repack
+from stquant_jax.checks import (
+    check_concrete,
+    check_precision,
+    check_state,
+    find_state,
+    is_state,
+)
+from stquant_jax.layout import Layout, Storage
+from stquant_jax.planning import layout_for, rows_for, slots_for
+from stquant_jax.precision import Plan, Policy, PrecisionState
+from stquant_jax.precision.policy import DEFAULT_SHRINKAGE
+from stquant_jax.precision.slots import MU, NU
+from stquant_jax.precision.statistics import forget
+from stquant_jax.transform import ScaleByAdamQState
+
+_repack = jax.jit(repack, static_argnums=(0, 1))
+
+
+def resize(
+    state: Any,
+    params: Any,
+    precision: Policy,
+    storage: Storage = Storage(),  # noqa: B008
+) -> Any:
+    """The same moments in an arena of another size: go on with an optimizer of another policy.
+
+    What grows loses nothing, decoded moments stay the same to the bit; what shrinks is rounded
+    anew. Slots keep their windows, also under a `Fixed` that names another: it is for their first
+    codes. Statistics go on, but for the averages of leaves that changed.
+
+    Args:
+      state: a `ScaleByAdamQState`, or an optimizer's state that holds one; concrete, on the host.
+      params: arrays or ShapeDtypeStructs; shapes only.
+      precision: the policy to go on with. Its pins to "exact" must be those so far.
+      storage: the one the optimizer was made with.
+
+    Returns:
+      ``state`` with the `ScaleByAdamQState` in it replaced. The next update, by an optimizer made
+      with ``precision``, compiles anew.
+
+    Raises:
+      ValueError: a budget below the floor; a state for other parameters, another storage or other
+      exact leaves; a traced one; one that holds no `ScaleByAdamQState`, or several.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, stquant_jax as stquant
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> state = stquant.adamw(1e-3, precision=stquant.Budget(5.0)).init(params)
+      >>> state = resize(state, params, stquant.Budget(6.0))
+      >>> tx = stquant.adamw(1e-3, precision=stquant.Budget(6.0))  # goes on with it
+      >>> 5.9 < stquant.report(state, params).bits <= 6.0
+      True
+    """
+    check_precision(precision, storage)
+    old = find_state(state)
+    check_concrete(old, "resize")
+    layout = layout_for(params, precision, storage)
+    check_state(old, layout)
+    new = _resized(old, layout, precision, storage)
+    return jax.tree.map(lambda x: new if is_state(x) else x, state, is_leaf=is_state)
+
+
+def _resized(
+    old: ScaleByAdamQState, layout: Layout, precision: Policy, storage: Storage
+) -> ScaleByAdamQState:
+    capacity, slots = rows_for(layout, precision), slots_for(layout, precision)
+    widths, windows, shrinkage = map(np.asarray, old.precision.plan)
+    # what is pinned now may not have been before
+    new_widths = precision.refit(slots, capacity, slots.pinned(widths)).astype(np.int32)
+    nu = slots.moment == NU
+    first_codes = nu & (widths == 0) & (new_widths > 0)
+    new_windows = np.where(first_codes, precision.first_windows(new_widths), windows)
+    default = np.where(nu, np.array(DEFAULT_SHRINKAGE)[new_widths], 0)
+    new_shrinkage = np.where(new_widths == widths, shrinkage, default)
+    plan = Plan(
+        jnp.asarray(new_widths),
+        jnp.asarray(new_windows, jnp.int32),
+        jnp.asarray(new_shrinkage, jnp.float32),
+    )
+
+    room = max(capacity, old.arena.shape[0])  # both plans fit
+    arena = jnp.pad(old.arena, ((0, room - old.arena.shape[0]), (0, 0)))
+    packed = rows.Packed(arena, old.mu_scale, old.nu_scale, old.nu_row)
+    packed = _repack(layout, storage, old.count, packed, old.precision.plan, plan)
+    packed = packed._replace(arena=packed.arena[:capacity])
+
+    changed = (new_widths != widths) | (new_windows != windows)
+    observed = forget(old.precision.observed, jnp.asarray(changed[MU::2] | changed[NU::2]))
+    schedule = PrecisionState(plan, observed, precision.first_memory(slots))
+    return ScaleByAdamQState(old.count, *packed, exact=old.exact, precision=schedule)

@@ -1,0 +1,207 @@
+"""What the step measures, against the oracle, and the averages that are made of it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stquant_jax import arena as rows
+from stquant_jax.backends import loops, xla
+from stquant_jax.layout import Storage
+from stquant_jax.planning import layout_for
+from stquant_jax.precision import Fixed, Sums, statistics
+from stquant_jax.rules import Adam
+from tests import common, oracle
+from tests import oracle_storage as storage
+from tests.test_oracle import PLACES, gradients, read
+
+LAYOUT = layout_for(common.zeros(), Fixed(), Storage())
+WINDOW = 3
+
+
+def fused(g, state, b1, b2):
+    """Sums [leaves] of one step of the backend, and its updates."""
+    rule, count = Adam(), state.count + 1
+    scalars = rule.prepare(b1, b2, 1e-8, 0.0, count)
+    packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
+    grads, _ = LAYOUT.split([jnp.asarray(x) for x in jax.tree.leaves(g)])
+    plan = state.precision.plan
+    return xla.step(LAYOUT, Storage(), rule, scalars, count, grads, packed, plan)
+
+
+@jax.jit
+def sums_of(g, state, decays):
+    return fused(g, state, *decays)[2]
+
+
+@pytest.mark.parametrize(("mu", "nu"), [(2, 0), (3, 2), (4, 1), (5, 4), (8, 8)])
+def test_sums(mu, nu):
+    """Of the row in turn, from the codes that the step leaves."""
+    adam = oracle.Adam(b1=0.9, b2=0.99)
+    state = common.init(common.zeros(), mu, nu, WINDOW)
+    for count in range(1, 34):
+        g, before = gradients(count), state
+        _, state = common.update(g, state, adam.b1, adam.b2)
+        if count not in (1, 3, 31, 32, 33):
+            continue
+        got = sums_of(g, before, np.float32(adam[:2]))
+        old, new = read(before), read(state)
+        for i, (name, place) in enumerate(PLACES.items()):
+            x = storage.to_tiles(np.asarray(g[name], float), place)
+            shrinkage = float(before.precision.plan.shrinkage[2 * i + 1])
+            slot = oracle.Slot(mu, nu, WINDOW, shrinkage, seed=0, leaf=i)
+            want = oracle.statistics(x, old[name], new[name], place, adam, slot, count)
+            assert want.keys() == set(Sums._fields)
+            for field, value in want.items():
+                here = float(getattr(got, field)[i])
+                np.testing.assert_allclose(here, value, 2e-3, 1e-9, err_msg=f"{field} {count}")
+
+
+def test_every_element_has_its_turn():
+    """In 32 steps each is counted once."""
+    state = common.init(common.zeros())
+    elements = np.zeros(len(PLACES))
+    for count in range(1, 33):
+        g = common.gaussian(seed=count)
+        elements += sums_of(g, state, np.float32([0.9, 0.999])).elements
+        _, state = common.update(g, state)
+    sizes = [int(np.sum(place.element >= 0)) for place in PLACES.values()]
+    padding = [  # of groups that an element is in, where the layout cannot tell
+        int(np.sum((place.element < 0) & (place.element >= 0).any(-2, keepdims=True)))
+        for place in PLACES.values()
+    ]
+    for got, size, more in zip(elements, sizes, padding, strict=True):
+        assert size <= got <= size + more
+    assert elements[list(PLACES).index("tile")] == 128 * 32
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_chunk_does_not_matter(chunk, monkeypatch):
+    """The sums are the same whatever number of tiles is computed together."""
+    state, g = common.init(common.zeros()), common.gaussian()
+    _, state = common.update(g, state)
+    decays = np.float32([0.9, 0.999])
+    want = sums_of(g, state, decays)
+    monkeypatch.setattr(loops, "CHUNK", chunk)
+    got = jax.jit(lambda g, state: fused(g, state, *decays)[2])(g, state)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_averages_survive_gradients_that_are_not_finite():
+    """In one group, in a leaf, in all of them: the averages stay finite, and go on afterwards."""
+    state = common.init(common.zeros())
+    bad = common.gaussian()
+    bad["tile"][5, 5] = np.nan
+    bad["embed"][:] = np.inf
+    for step in range(4):
+        _, state = common.update(common.gaussian(seed=step), state)
+    before = state.precision.observed
+    _, state = common.update(bad, state)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.precision.observed))
+    nothing = {name: np.full_like(x, np.nan) for name, x in bad.items()}
+    for g in (nothing, bad, common.gaussian(seed=9)):
+        _, state = common.update(g, state)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.precision.observed))
+    assert np.all(state.precision.observed.weight >= before.weight)
+
+
+# --- averages and estimates ---
+
+DECAYS = (0.9, 0.99)
+observe = jax.jit(partial(statistics.observe, decays=tuple(map(jnp.float32, DECAYS))))
+
+
+def constant(**values):
+    """Sums of two leaves of energy 1, alike at every step."""
+    filled = dict.fromkeys(Sums._fields, 0.0) | {"energy": 1.0} | values
+    return Sums(*(jnp.full(2, filled[name], jnp.float32) for name in Sums._fields))
+
+
+def after(steps, sums, widths=(4, 4), observed=None, start=0):
+    observed = statistics.nothing_observed(2) if observed is None else observed
+    for count in range(start + 1, start + steps + 1):
+        observed = observe(observed, sums, jnp.array(widths), count=jnp.int32(count))
+    return observed
+
+
+def test_moving_averages():
+    """A weight of 1/64 for the newest; divided by the weight of all, a constant is itself."""
+    random = np.random.default_rng(0)
+    average, weight, observed = 0.0, 0.0, statistics.nothing_observed(2)
+    for count in range(1, 50):
+        x = random.random(2).astype(np.float32)
+        observed = observe(observed, constant(gradient=x), jnp.array([4, 4]), count=count)
+        average, weight = 63 / 64 * average + x / 64, 63 / 64 * weight + 1 / 64
+        np.testing.assert_allclose(observed.sums.gradient, average / weight, rtol=1e-5)
+    np.testing.assert_allclose(after(20, constant(nu=3.0)).sums.nu, 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_errors_pile_up(moment):
+    """D(t) = injected + (b n(t-1) / n(t))**2 D(t-1), of the averages as they are at t."""
+    b, independence = DECAYS[moment], (1.0, statistics.NU_INDEPENDENCE)[moment]
+    sums = constant(mu_error=0.02, nu_error=0.03)
+    observed, want = statistics.nothing_observed(2), 0.0
+    for count in range(1, 200):
+        observed = observe(observed, sums, jnp.array([4, 4]), count=count)
+        n, before = ((1 - b**t) / (1 - b) for t in (count, count - 1))
+        averages = Sums(*np.asarray(observed.averages, float))
+        injected = (averages.mu_error, averages.nu_error)[moment] / averages.energy
+        # Of mu, what is carried on; of nu, which injects 1/n while it is young, what it does now.
+        now = injected * b**2 if moment == 0 else injected * independence / (n * (1 - b))
+        want = now + (b * before / n) ** 2 * want
+        got = (observed.mu_noise, observed.nu_noise)[moment]
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_the_noise_of_old_moments():
+    """In the end what has piled up is injected / (1 - b**2), and `noise` foretells it."""
+    observed = after(1500, constant(mu_error=0.02, nu_error=0.03))
+    mu, nu = statistics.noise(observed.averages, DECAYS)
+    np.testing.assert_allclose(mu, 0.02 * 0.81 / (1 - 0.81), rtol=1e-3)
+    np.testing.assert_allclose(nu, statistics.NU_INDEPENDENCE * 0.03 / (1 - 0.9801), rtol=1e-3)
+    np.testing.assert_allclose(observed.mu_noise, mu, rtol=1e-3)
+    np.testing.assert_allclose(observed.nu_noise, nu, rtol=1e-2)
+
+
+def test_without_codes():
+    """All of the spread is error, and it is taken to grow, unmeasured."""
+    observed = after(100, constant(spread=0.5), widths=(0, 4))
+    noise, spread = np.asarray(observed.nu_noise), np.asarray(observed.spread)
+    np.testing.assert_allclose(noise[0], spread[0], rtol=1e-6)
+    assert spread[0] > statistics.NU_SPREAD
+    error = np.asarray(statistics.distortion(observed, jnp.array([0, 4])))
+    np.testing.assert_allclose(error[1], spread[0], rtol=1e-6)
+    assert error[3] <= max(noise[1], 1e-12)
+
+
+def test_forgetting():
+    """Of the leaves that changed: the averages start anew, what has piled up stays."""
+    before = after(50, constant(mu_error=0.02, gradient=1.0))
+    observed = statistics.forget(before, jnp.array([True, False]))
+    assert not np.any(np.asarray(observed.averages)[:, 0]) and observed.weight[0] == 0
+    np.testing.assert_array_equal(observed.averages[:, 1], before.averages[:, 1])
+    np.testing.assert_array_equal(observed.mu_noise, before.mu_noise)
+    again = after(3, constant(gradient=5.0), observed=observed, start=50)
+    np.testing.assert_allclose(again.sums.gradient[0], 5.0, rtol=1e-5)
+
+
+def test_sums_that_are_not_finite():
+    """Their leaf keeps its averages, the other one goes on."""
+    before = after(50, constant(gradient=1.0))
+    bad = constant(gradient=2.0)
+    bad = bad._replace(energy=jnp.array([np.inf, 1.0]))
+    observed = after(1, bad, observed=before, start=50)
+    np.testing.assert_array_equal(observed.averages[:, 0], before.averages[:, 0])
+    assert observed.sums.gradient[1] > 1.0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(observed))
+
+
+def test_nothing_measured():
+    """Gradients that are zero, from the first step on: no error, no division by zero."""
+    observed = after(10, constant(energy=0.0))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(observed))
+    assert not np.any(observed.mu_noise) and not np.any(observed.nu_noise)
