@@ -56,6 +56,8 @@ ROW_LAST = 2**8 - 1
 _ROW_MOST = 8.0  # steps a row may move at once
 _ROW_GAIN = 0.25  # of a row's distance from its tile that it makes up at once
 
+# Below the largest ratio of any group that is not zero; the reciprocal is a float32.
+_LEAST_RATIO = 2.0**-70
 # Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
 _REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
 
@@ -349,7 +351,7 @@ def encode_first(
 ) -> FirstCode:
     """Codes and scales of a first moment relative to the quantized root of the second."""
     largest = group_max(jnp.abs(e))
-    z = e * hold(lev.gain / jnp.maximum(largest, TINY))
+    z = e * hold(lev.gain / jnp.maximum(largest, _LEAST_RATIO))
     # Between the two levels next to zero the choice is random, so that zero stays zero on average:
     # a parameter without gradient in a living group must not drift.
     jitter = jnp.where(jnp.abs(z) < 0.5, dither - 0.5, 0.0)
@@ -361,7 +363,8 @@ def encode_first(
     scale = jnp.where(length < TINY, 0.0, _round_first_scale(log_scale, coin))
     code = jnp.where(presence == 1.0, to_code(scale), jnp.where(presence == 0.0, 0, MU_NOT_FINITE))
     code = code.astype(jnp.uint32)
-    return FirstCode(q - lev.low, code, level * _first_scale(code) - e)
+    decoded_scale = _first_scale(code) * _presence(code, MU_NOT_FINITE)
+    return FirstCode(q - lev.low, code, level * decoded_scale - e)
 
 
 def _round_first_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:

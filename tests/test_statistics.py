@@ -205,3 +205,18 @@ def test_nothing_measured():
     observed = after(10, constant(energy=0.0))
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(observed))
     assert not np.any(observed.mu_noise) and not np.any(observed.nu_noise)
+
+
+def test_moments_that_fade_to_zero():
+    """In a living group mu may fade to nothing: its statistics stay finite, and are averaged on."""
+    state = common.init(common.zeros(), 5, 4)
+    for step in range(80):
+        g = common.gaussian(seed=step)
+        for x in g.values():
+            x[: len(x) // 2] *= step < 3  # the first half sleeps, v still remembers it
+        _, state = common.update(g, state, 0.5, 0.999)
+    decoded = common.decode(state, common.zeros())
+    asleep = np.asarray(decoded.mu["tile"])[:64] == 0
+    assert asleep.all() and (np.asarray(decoded.nu["tile"])[:64] > 0).all()
+    weight = np.asarray(state.precision.observed.weight)
+    np.testing.assert_allclose(weight, 1 - (63 / 64) ** 80, rtol=1e-4)
