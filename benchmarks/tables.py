@@ -6,12 +6,14 @@ python -m benchmarks.tables --check   exit 1 if it would change
 
 import argparse
 import re
+import statistics
 import sys
 from pathlib import Path
 
 from benchmarks import _io
 
 README = Path(__file__).parent.parent / "README.md"
+STREAMS = ("gpt", "vit", "synthetic")
 OURS = ((2, 0), (4, 0), (5, 0), (5, 2), (5, 3), (5, 4), (6, 6), (8, 8))
 
 
@@ -42,11 +44,30 @@ def allocation() -> str:
             told.setdefault(key, {"bits": row["bits"], "pair": row["pair_error"]})
             told[key][row["policy"]] = row["error"]
     body = []
-    for (stream, pair), errors in told.items():
+    for (stream, pair), errors in sorted(told.items(), key=lambda x: STREAMS.index(x[0][0])):
         ratio = f"{errors['pair'] / errors['Budget']:.2f}"
         cells = (f"{errors[k]:.3g}" if k in errors else "" for k in ("pair", "STQuant", "Budget"))
         body.append([stream, f"{errors['bits']:.2f}", pair, *cells, ratio])
     header = ["stream", "bits", "best pair", "its error", "STQuant", "Budget", "pair over Budget"]
+    return _table(header, body) + _source(record)
+
+
+def estimates() -> str:
+    """What a policy estimates of a leaf's error over what it is, after step 500."""
+    record = _io.read_json(_io.RESULTS / "allocation.json")
+    ratios: dict[tuple, list[float]] = {}
+    for row in record["results"]:
+        first = row["steps"].index(500) + 1
+        true, guessed = (row[key][first:] for key in ("error_by_leaf", "estimate_by_leaf"))
+        for leaf, width in enumerate(row["widths"][1::2]):  # those the run ended with
+            found = [g[leaf] / t[leaf] for g, t in zip(guessed, true, strict=True)]
+            coded = "with codes of nu" if width else "without"
+            ratios.setdefault((row["stream"], coded), []).extend(found)
+    body = []
+    for (stream, coded), found in sorted(ratios.items(), key=lambda x: STREAMS.index(x[0][0])):
+        near = sum(0.5 <= x <= 2 for x in found) / len(found)
+        body.append([stream, coded, f"{statistics.median(found):.2f}", f"{near:.0%}"])
+    header = ["stream", "leaves", "estimate over truth, median", "within a factor of 2"]
     return _table(header, body) + _source(record)
 
 
@@ -152,6 +173,7 @@ def render(text: str) -> str:
     makers = {
         "codec": codec,
         "allocation": allocation,
+        "estimates": estimates,
         "step": step,
         "profile": profile,
         "compile": compile_,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stquant_jax.precision import Slots
 from stquant_jax.precision.allocate import allocate
-from stquant_jax.precision.budget import fill, refit
+from stquant_jax.precision.capacity import fill, refit
 from stquant_jax.precision.slots import MU_WIDTHS, NU_WIDTHS
 from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
 

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stquant_jax.precision.allocate import allocate
-from stquant_jax.precision.capacity import (
-    capacity,
-    check_bits,
-    check_interval,
-    fill,
-    is_number,
-    refit,
-)
-from stquant_jax.precision.policy import DEFAULT_WINDOW, WINDOWS, Plan, Policy, PrecisionState
+from stquant_jax.precision.capacity import Capacity, is_number
+from stquant_jax.precision.policy import DEFAULT_WINDOW, WINDOWS, Plan, PrecisionState
 from stquant_jax.precision.slots import MU, NU, WIDEST, Slots
 from stquant_jax.precision.statistics import (
     MU_ERROR,
@@ -49,7 +42,7 @@ class Told(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Budget(Policy):
+class Budget(Capacity):
     """Fill a budget that counts everything: planes, scales, exact leaves, schedule, padding.
 
     Every ``interval`` steps, widths move to where they lower the error of the update most per row,
@@ -88,8 +81,6 @@ class Budget(Policy):
 
     def __post_init__(self):
         super().__post_init__()
-        check_bits(self)
-        check_interval(self)
         warmup = self.warmup
         if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
             raise ValueError(f"Budget(warmup={warmup!r}): expected a number of steps, 0 or more")
@@ -102,16 +93,6 @@ class Budget(Policy):
             raise ValueError(
                 f"Budget(max_distortion={promise!r}): expected None or a number above 0"
             )
-
-    def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
-        """Raises ValueError below the floor, naming the smallest budget that fits."""
-        return capacity(self, slots, fixed_bytes, reference_bytes)
-
-    def first_widths(self, slots: Slots, rows: int) -> np.ndarray:
-        return fill(slots, rows)
-
-    def refit(self, slots: Slots, rows: int, widths: np.ndarray) -> np.ndarray:
-        return refit(slots, rows, widths)
 
     def first_memory(self, slots: Slots) -> Told:
         return Told(jnp.zeros((len(slots.tiles),), bool))

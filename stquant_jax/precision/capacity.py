@@ -8,51 +8,56 @@ from typing import Any
 
 import numpy as np
 
-from stquant_jax.precision.policy import ROW_BYTES
+from stquant_jax.precision.policy import ROW_BYTES, Policy
 from stquant_jax.precision.slots import MU, MU_WIDTHS, NU, NU_WIDTHS, Slots
 from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
-
-
-def check_bits(policy: Any) -> None:
-    if not is_number(policy.bits) or not 0 < policy.bits <= 32:
-        raise ValueError(
-            f"{type(policy).__name__}(bits={policy.bits!r}): expected a number of bits per state "
-            "element, above 0 and at most 32"
-        )
-
-
-def check_interval(policy: Any) -> None:
-    steps = policy.interval
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ValueError(
-            f"{type(policy).__name__}(interval={steps!r}): expected a number of steps of at least "
-            "1, or None"
-        )
 
 
 def is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def capacity(policy: Any, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
-    """Rows of the arena that a number of bits per state element leaves.
+class Capacity(Policy):
+    """Base of policies that fill a number of all-in ``bits`` per state element."""
 
-    Raises:
-      ValueError: below the floor; names the smallest budget that fits.
-    """
-    rows = int((policy.bits / 32 * reference_bytes - fixed_bytes) // ROW_BYTES)
-    floor = int(np.sum(slots.tiles * slots.narrowest))
-    if rows < floor:
-        smallest = np.ceil(32 * (fixed_bytes + ROW_BYTES * floor) / reference_bytes * 1000) / 1000
-        advice = "; raise Storage(min_size=...), small leaves fill whole tiles"
-        pinned = ", pins" if policy.pins else ""
-        raise ValueError(
-            f"{type(policy).__name__}(bits={policy.bits}) is below the floor: the smallest budget "
-            f"that fits these parameters is {smallest:g} bits per state element (mu at "
-            f"{MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales{pinned} and exact leaves included)"
-            f"{advice if smallest > 32 else ''}"
-        )
-    return min(rows, int(np.sum(slots.tiles * slots.widest)))
+    bits: float
+    interval: int | None
+
+    def __post_init__(self):
+        super().__post_init__()
+        name, steps = type(self).__name__, self.interval
+        if not is_number(self.bits) or not 0 < self.bits <= 32:
+            raise ValueError(
+                f"{name}(bits={self.bits!r}): expected a number of bits per state element, above 0 "
+                "and at most 32"
+            )
+        whole = isinstance(steps, int) and not isinstance(steps, bool)
+        if steps is not None and not (whole and steps >= 1):
+            raise ValueError(
+                f"{name}(interval={steps!r}): expected a number of steps of at least 1, or None"
+            )
+
+    def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
+        """Raises ValueError below the floor, naming the smallest budget that fits."""
+        rows = int((self.bits / 32 * reference_bytes - fixed_bytes) // ROW_BYTES)
+        floor = int(np.sum(slots.tiles * slots.narrowest))
+        if rows < floor:
+            smallest = np.ceil(32e3 * (fixed_bytes + ROW_BYTES * floor) / reference_bytes) / 1000
+            advice = "; raise Storage(min_size=...), small leaves fill whole tiles"
+            pinned = ", pins" if self.pins else ""
+            raise ValueError(
+                f"{type(self).__name__}(bits={self.bits}) is below the floor: the smallest budget "
+                f"that fits these parameters is {smallest:g} bits per state element (mu at "
+                f"{MU_WIDTHS[0]} bits, nu at {NU_WIDTHS[0]}, scales{pinned} and exact leaves "
+                f"included){advice if smallest > 32 else ''}"
+            )
+        return min(rows, int(np.sum(slots.tiles * slots.widest)))
+
+    def first_widths(self, slots: Slots, rows: int) -> np.ndarray:
+        return fill(slots, rows)
+
+    def refit(self, slots: Slots, rows: int, widths: np.ndarray) -> np.ndarray:
+        return refit(slots, rows, widths)
 
 
 def fill(slots: Slots, rows: int, widths: np.ndarray | None = None) -> np.ndarray:

@@ -9,20 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stquant_jax.precision.capacity import (
-    capacity,
-    check_bits,
-    check_interval,
-    fill,
-    is_number,
-    refit,
-)
+from stquant_jax.precision.capacity import Capacity, is_number
 from stquant_jax.precision.factors import OF_SUMS
 from stquant_jax.precision.policy import (
     DEFAULT_SHRINKAGE,
     DEFAULT_WINDOW,
     Plan,
-    Policy,
     PrecisionState,
 )
 from stquant_jax.precision.slots import MU, NU, Slots
@@ -56,7 +48,7 @@ class Trend(NamedTuple):
 
 
 @dataclass(frozen=True)
-class STQuant(Policy):
+class STQuant(Capacity):
     """The policy of the STQuant paper as far as it is published, inside a fixed budget.
 
     Every ``interval`` steps each slot alone is moved to an adjacent width or left where it is, in
@@ -77,9 +69,8 @@ class STQuant(Policy):
     moving average's decay (of logarithms, leaves weighted by size), patience, and the coefficient
     of variation as std / mean of the magnitudes of a leaf's gradients. The paper saves memory where
     bits are dropped; here the arena is fixed, so bits are dropped only where others take them.
-    Expect about the quality of the first plan, as in the paper's ablation (on the streams of
-    benchmarks/streams.py, the update's squared error is within 3% of it); `Budget`, which measures
-    what each bit would save, does better.
+    In the paper's own ablation the spatial part saves memory, not quality; README's table of
+    policies has what it does here, beside `Budget`, which measures what each bit would save.
 
     The default statistics are not the published ones but those that greedy selection keeps of the
     ones the fused step offers, because they tell more of the measured error: the update's RMS
@@ -118,8 +109,6 @@ class STQuant(Policy):
 
     def __post_init__(self):
         super().__post_init__()
-        check_bits(self)
-        check_interval(self)
         object.__setattr__(self, "factors", _checked_factors(self.factors))
         for name in ("up", "down"):
             value = getattr(self, name)
@@ -134,16 +123,6 @@ class STQuant(Policy):
             )
         if not is_number(self.decay) or not 0 <= self.decay < 1:
             raise ValueError(f"STQuant(decay={self.decay!r}): expected a number from 0 to below 1")
-
-    def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:
-        """Raises ValueError below the floor, naming the smallest budget that fits."""
-        return capacity(self, slots, fixed_bytes, reference_bytes)
-
-    def first_widths(self, slots: Slots, rows: int) -> np.ndarray:
-        return fill(slots, rows)
-
-    def refit(self, slots: Slots, rows: int, widths: np.ndarray) -> np.ndarray:
-        return refit(slots, rows, widths)
 
     def first_memory(self, slots: Slots) -> Trend:
         return Trend(
