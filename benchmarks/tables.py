@@ -177,6 +177,7 @@ def render(text: str) -> str:
         "estimates": estimates,
         "step": step,
         "profile": profile,
+        "policy": policy,
         "compile": compile_,
         "demo": demo,
     }
