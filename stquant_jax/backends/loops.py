@@ -1,16 +1,41 @@
 """What the loops of the XLA backend share."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from stquant_jax.codecs import Hold
+from stquant_jax.layout import Layout
+from stquant_jax.places import Place, places_of
 
 # Tiles computed together: enough to amortise an iteration of the loop, few enough for the cache.
 CHUNK = 8
+
+
+class Table(NamedTuple):
+    """Quantized leaves by a traced index: their geometry, int32[leaves] tiles and first tiles."""
+
+    places: Place
+    tiles: jax.Array
+    first: jax.Array
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Table":
+        columns = [leaf.tiles for leaf in layout.quantized], layout.first_tile
+        tiles, first = (jnp.asarray(np.array(x, np.int32)) for x in columns)
+        return cls(places_of(layout.quantized), tiles, first)
+
+    def place(self, leaf: jax.Array) -> Place:
+        return jax.tree.map(lambda column: column[leaf], self.places)
+
+
+def put(buffer: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:
+    """Write ``x`` into a buffer of any dtype, from row ``at`` on."""
+    return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
 
 
 def holder(always: jax.Array) -> Hold:

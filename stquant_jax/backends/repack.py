@@ -10,17 +10,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from stquant_jax import arena as rows
 from stquant_jax import planes
-from stquant_jax.backends.loops import holder, over_tiles
+from stquant_jax.backends.loops import Table, holder, over_tiles, put
 from stquant_jax.codecs import Hold, lattice, levels, recode_first, recode_second
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.noise import dither
 from stquant_jax.numerics import to_code, to_float
-from stquant_jax.places import places_of
 from stquant_jax.planes import GROUP
 from stquant_jax.precision import Plan
 
@@ -51,22 +49,17 @@ def _shrink(
     hold: Hold,
 ) -> rows.Packed:
     """Code anew what becomes narrower or gets another window; planes stay at the old stride."""
-    leaves = layout.quantized
-    places = places_of(leaves)
-    tiles, first = (
-        jnp.asarray(np.array(x, np.int32))
-        for x in ([leaf.tiles for leaf in leaves], layout.first_tile)
-    )
+    table = Table.of(layout)
     offsets = rows.offsets(old.widths, layout)
     changed = narrow < old.widths
     # The lattice of a slot without codes has no window.
     changed |= (windows != old.windows) & (narrow > 0)
-    ragged = any(leaf.ragged for leaf in leaves)
+    ragged = any(leaf.ragged for leaf in layout.quantized)
 
     def parts(leaf, slot, size, tile, packed):
         """Codes, scales, rows, places and noise of consecutive tiles; where to write planes."""
-        span = rows.Span(offsets[slot] + tile, old.widths[slot], tiles[leaf])
-        at = first[leaf] + tile
+        span = rows.Span(offsets[slot] + tile, old.widths[slot], table.tiles[leaf])
+        at = table.first[leaf] + tile
         read, mu_scale, nu_scale, nu_row = hold(
             (
                 rows.read_planes(packed.arena, span, size),
@@ -77,8 +70,7 @@ def _shrink(
         )
         scales = [x[:, None].astype(jnp.uint32) for x in (mu_scale, nu_scale)]
         row = to_float(nu_row.reshape(size, GROUP, 1).astype(jnp.uint32))
-        place = jax.tree.map(lambda column: column[leaf], places)
-        group, valid = place.of_tiles(tile, size, ragged)
+        group, valid = table.place(leaf).of_tiles(tile, size, ragged)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
         noise = dither(storage.seed ^ _SALT, leaf, count, group, element)
         return planes.unpack(read), scales, row, valid, noise, span, at
@@ -92,7 +84,7 @@ def _shrink(
         )
         return packed._replace(
             arena=rows.write_planes(packed.arena, [span], [hold(planes.pack(codes))]),
-            mu_scale=_put(packed.mu_scale, scale[:, 0], at),
+            mu_scale=put(packed.mu_scale, scale[:, 0], at),
         )
 
     def second_moment(leaf, size, tile, packed):
@@ -105,20 +97,16 @@ def _shrink(
         )
         return packed._replace(
             arena=rows.write_planes(packed.arena, [span], [hold(planes.pack(codes))]),
-            nu_scale=_put(packed.nu_scale, scale[:, 0], at),
+            nu_scale=put(packed.nu_scale, scale[:, 0], at),
         )
 
     def shrink_leaf(leaf, packed):
         for slot, moment in ((2 * leaf, first_moment), (2 * leaf + 1, second_moment)):
-            trips = jnp.where(changed[slot], tiles[leaf], 0)
+            trips = jnp.where(changed[slot], table.tiles[leaf], 0)
             packed = over_tiles(trips, layout.tiles, partial(moment, leaf), packed)
         return packed
 
-    return lax.fori_loop(0, len(leaves), shrink_leaf, packed)
-
-
-def _put(buffer: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
+    return lax.fori_loop(0, len(layout.quantized), shrink_leaf, packed)
 
 
 def _move(

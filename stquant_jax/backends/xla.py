@@ -11,17 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.backends.fused import Codes, update_block
-from stquant_jax.backends.loops import holder, over_tiles
+from stquant_jax.backends.loops import Table, holder, over_tiles, put
 from stquant_jax.codecs import lattice, levels
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
 from stquant_jax.noise import dither
-from stquant_jax.places import places_of
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules import Adam, AdamScalars
@@ -53,19 +51,17 @@ def step(
     if not leaves:
         return [], packed, Sums(*sums.T)
     widths = plan.widths
-    places = places_of(leaves)
-    tiles, first = (
-        jnp.asarray(np.array(x, np.int32))
-        for x in ([leaf.tiles for leaf in leaves], layout.first_tile)
-    )
+    table = Table.of(layout)
     offsets = rows.offsets(widths, layout)
     hold = holder(count > 0)
     ragged = any(leaf.ragged for leaf in leaves)
 
     def update_chunk(leaf: jax.Array, size: int, tile: jax.Array, b: Buffers) -> Buffers:
         mu, nu = 2 * leaf, 2 * leaf + 1
-        spans = [rows.Span(offsets[slot] + tile, widths[slot], tiles[leaf]) for slot in (mu, nu)]
-        at = first[leaf] + tile
+        spans = [
+            rows.Span(offsets[slot] + tile, widths[slot], table.tiles[leaf]) for slot in (mu, nu)
+        ]
+        at = table.first[leaf] + tile
 
         # All that is read of the buffers is read here, before anything is written.
         old_packed = b.packed
@@ -85,9 +81,7 @@ def step(
             nu_scale[:, None].astype(jnp.uint32),
             nu_row.reshape(size, GROUP, 1).astype(jnp.uint32),
         )
-        group, valid = jax.tree.map(lambda column: column[leaf], places).of_tiles(
-            tile, size, ragged
-        )
+        group, valid = table.place(leaf).of_tiles(tile, size, ragged)
         noise = dither(
             storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
         )
@@ -97,9 +91,6 @@ def step(
         update, new, part = update_block(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, hold
         )
-
-        def put(buffer, x, at):
-            return lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, 0)
 
         sums = b.sums[leaf]
         for i in range(size):  # one after the other, whatever the size of the chunk
@@ -117,7 +108,7 @@ def step(
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
-        return over_tiles(tiles[leaf], layout.tiles, partial(update_chunk, leaf), b)
+        return over_tiles(table.tiles[leaf], layout.tiles, partial(update_chunk, leaf), b)
 
     dtype = jnp.result_type(*grads)
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))

@@ -11,7 +11,7 @@ import numpy as np
 from stquant_jax.precision.allocate import allocate
 from stquant_jax.precision.capacity import Capacity, is_number
 from stquant_jax.precision.policy import DEFAULT_WINDOW, WINDOWS, Plan, PrecisionState
-from stquant_jax.precision.slots import MU, NU, WIDEST, Slots
+from stquant_jax.precision.slots import MU, NU, WIDEST, Slots, is_whole
 from stquant_jax.precision.statistics import (
     MU_ERROR,
     NU_NOISE,
@@ -81,9 +81,10 @@ class Budget(Capacity):
 
     def __post_init__(self):
         super().__post_init__()
-        warmup = self.warmup
-        if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
-            raise ValueError(f"Budget(warmup={warmup!r}): expected a number of steps, 0 or more")
+        if not is_whole(self.warmup, 0):
+            raise ValueError(
+                f"Budget(warmup={self.warmup!r}): expected a number of steps, 0 or more"
+            )
         if not is_number(self.hysteresis) or not 0 <= self.hysteresis < 1:
             raise ValueError(
                 f"Budget(hysteresis={self.hysteresis!r}): expected a number from 0 to below 1"

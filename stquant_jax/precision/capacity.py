@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stquant_jax.precision.policy import ROW_BYTES, Policy
-from stquant_jax.precision.slots import MU, MU_WIDTHS, NU, NU_WIDTHS, Slots
+from stquant_jax.precision.slots import MU, MU_WIDTHS, NU, NU_WIDTHS, Slots, is_whole
 from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
 
 
@@ -31,8 +31,7 @@ class Capacity(Policy):
                 f"{name}(bits={self.bits!r}): expected a number of bits per state element, above 0 "
                 "and at most 32"
             )
-        whole = isinstance(steps, int) and not isinstance(steps, bool)
-        if steps is not None and not (whole and steps >= 1):
+        if steps is not None and not is_whole(steps, 1):
             raise ValueError(
                 f"{name}(interval={steps!r}): expected a number of steps of at least 1, or None"
             )

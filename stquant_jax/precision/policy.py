@@ -16,6 +16,7 @@ from stquant_jax.precision.slots import (
     WIDEST,
     Slots,
     checked_pins,
+    is_whole,
     pin_of,
 )
 from stquant_jax.precision.statistics import Observed, nothing_observed
@@ -151,7 +152,7 @@ class Fixed(Policy):
         super().__post_init__()
         for name, low in (("mu", MU_WIDTHS[0]), ("nu", NU_WIDTHS[0])):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= WIDEST:
+            if not is_whole(value, low, WIDEST):
                 raise ValueError(
                     f"Fixed({name}={value!r}): expected an integer width from {low} to {WIDEST}"
                 )

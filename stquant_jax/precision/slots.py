@@ -3,6 +3,7 @@
 A slot is (leaf, moment); slots are ordered leaf by leaf, mu before nu.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class Slots:
         return WIDEST - np.argmax(self.allowed[:, ::-1], axis=1)
 
 
+def is_whole(x: Any, least: int, most: float = math.inf) -> bool:
+    """An integer in a range; True and False are none."""
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
+
+
 def checked_pins(pins: Any) -> Pins:
     """Pins as a policy keeps them, hashable.
 
@@ -83,7 +89,7 @@ def checked_pins(pins: Any) -> Pins:
             ) from None
         widths = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
         fits = [
-            isinstance(w, int) and not isinstance(w, bool) and low <= w <= WIDEST
+            is_whole(w, low, WIDEST)
             for w, low in zip(widths, (MU_WIDTHS[0], NU_WIDTHS[0]), strict=True)
         ]
         if value != EXACT and not all(fits):

@@ -17,7 +17,7 @@ from stquant_jax.precision.policy import (
     Plan,
     PrecisionState,
 )
-from stquant_jax.precision.slots import MU, NU, Slots
+from stquant_jax.precision.slots import MU, NU, Slots, is_whole
 from stquant_jax.precision.statistics import Sums, forget
 
 # Bits of (mu, nu) per octave of each statistic. What examples/select_factors.py fits, octaves of
@@ -117,7 +117,7 @@ class STQuant(Capacity):
                     f"STQuant({name}={value!r}): expected a number of at least 0.5; below, a slot "
                     "would move past what it wants"
                 )
-        if not isinstance(self.patience, int) or self.patience < 1:
+        if not is_whole(self.patience, 1):
             raise ValueError(
                 f"STQuant(patience={self.patience!r}): expected a number of decisions of at least 1"
             )
