@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from stquant_jax.codecs import (
-    Hold,
     Lattice,
     Levels,
+    Ops,
     decode_first,
     decode_second,
     encode_first,
@@ -50,17 +49,18 @@ def update_block(
     lat: Lattice,
     noise: Dither,
     turn: jax.Array,
-    hold: Hold,
+    ops: Ops,
 ) -> tuple[jax.Array, Codes, Sums]:
     """The update of a float32 block [..., 32, n], its new codes and their statistics."""
+    hold = ops.hold
     row = to_float(old.nu_row)
-    second = decode_second(old.nu, old.nu_scale, row, valid, lat, hold)
-    mu = decode_first(old.mu, old.mu_scale, second.sigma, lev, hold)
+    second = decode_second(old.nu, old.nu_scale, row, valid, lat, ops)
+    mu = decode_first(old.mu, old.mu_scale, second.sigma, lev, ops)
     mu, nu = rule.accumulate(g, mu, second.v, scalars)
     mu, nu = hold((mu, nu))
-    new = encode_second(nu, second, row, turn, valid, lat, noise.nu, noise.nu_coin, hold)
+    new = encode_second(nu, second, row, turn, valid, lat, noise.nu, noise.nu_coin, ops)
     first = encode_first(
-        hold(mu * new.inverse_root), valid, new.presence, lev, noise.mu, noise.mu_coin, hold
+        hold(mu * new.inverse_root), valid, new.presence, lev, noise.mu, noise.mu_coin, ops
     )
     # One element that is not finite shows in its whole group, at once.
     visible = hold(1.0 + 0.0 * new.presence)
@@ -72,7 +72,7 @@ def update_block(
 
     def in_turn(x):
         """What a tile's row in turn has of it: [..., 1, n]."""
-        return lax.dynamic_slice_in_dim(jnp.broadcast_to(x, g.shape), turn, 1, axis=-2)
+        return ops.row(jnp.broadcast_to(x, g.shape), turn)
 
     sample = Sample(
         present=valid * new.presence == 1.0,
@@ -105,23 +105,29 @@ class Sample(NamedTuple):
 
 
 def sums_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
-    """Sums over the last two axes, groups that are zero or not finite left out."""
+    """Sums over the last two axes."""
+    terms = terms_of(x, rule, scalars, lev, lat)
+    return Sums(*(jnp.sum(term, axis=(-2, -1)) for term in terms))
 
-    def total(values):
-        return jnp.sum(jnp.where(x.present, values, 0.0), axis=(-2, -1))
+
+def terms_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
+    """What each element adds to the sums; nothing in groups that are zero or not finite."""
+
+    def of(values):
+        return jnp.where(x.present, values, 0.0)
 
     mu_error = rule.direction(jnp.zeros_like(x.g), x.mu_error * x.sigma, x.nu, scalars)
     energy = x.update * x.update
     return Sums(
-        elements=total(1.0),
-        energy=total(energy),
-        mu_error=total(mu_error * mu_error),
-        nu_error=total(energy * jnp.square(LN2 * x.nu_error)),
-        spread=total(energy * jnp.square(LN2 * x.spread)),
-        zeros=total(jnp.where(x.mu_code + lev.low + lev.between == 0.0, 1.0, 0.0)),
-        saturated=total(jnp.where(x.nu_code >= lat.last, energy, 0.0)),
-        narrower=total(jnp.where(x.nu_code >= NARROWER * lat.last, energy, 0.0)),
-        gradient=total(jnp.abs(x.g)),
-        gradient2=total(x.g * x.g),
-        nu=total(x.nu),
+        elements=of(1.0),
+        energy=of(energy),
+        mu_error=of(mu_error * mu_error),
+        nu_error=of(energy * jnp.square(LN2 * x.nu_error)),
+        spread=of(energy * jnp.square(LN2 * x.spread)),
+        zeros=of(jnp.where(x.mu_code + lev.low + lev.between == 0.0, 1.0, 0.0)),
+        saturated=of(jnp.where(x.nu_code >= lat.last, energy, 0.0)),
+        narrower=of(jnp.where(x.nu_code >= NARROWER * lat.last, energy, 0.0)),
+        gradient=of(jnp.abs(x.g)),
+        gradient2=of(x.g * x.g),
+        nu=of(x.nu),
     )

@@ -15,7 +15,7 @@ from jax import lax
 from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
-from stquant_jax.codecs import Hold, lattice, levels, recode_first, recode_second
+from stquant_jax.codecs import Hold, Ops, lattice, levels, recode_first, recode_second
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.noise import dither
 from stquant_jax.numerics import to_code, to_float
@@ -80,7 +80,7 @@ def _shrink(
         codes, scales, _, valid, noise, span, at = parts(leaf, slot, size, tile, packed)
         few, many = levels(narrow[slot]), levels(old.widths[slot])
         codes, scale = recode_first(
-            codes, scales[0], valid, many, few, noise.mu, noise.mu_coin, hold
+            codes, scales[0], valid, many, few, noise.mu, noise.mu_coin, Ops(hold)
         )
         return packed._replace(
             arena=rows.write_planes(packed.arena, [span], [hold(planes.pack(codes))]),
@@ -93,7 +93,7 @@ def _shrink(
         few = lattice(narrow[slot], windows[slot], jnp.float32(0))
         many = lattice(old.widths[slot], old.windows[slot], jnp.float32(0))
         codes, scale = recode_second(
-            codes, scales[1], row, valid, many, few, noise.nu, noise.nu_coin, hold
+            codes, scales[1], row, valid, many, few, noise.nu, noise.nu_coin, Ops(hold)
         )
         return packed._replace(
             arena=rows.write_planes(packed.arena, [span], [hold(planes.pack(codes))]),

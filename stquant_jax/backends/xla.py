@@ -17,7 +17,7 @@ from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.backends.fused import Codes, update_block
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
-from stquant_jax.codecs import lattice, levels
+from stquant_jax.codecs import Ops, lattice, levels
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
 from stquant_jax.noise import dither
 from stquant_jax.planes import GROUP, LANES
@@ -89,7 +89,7 @@ def step(
         lat = lattice(widths[nu], plan.windows[nu], plan.shrinkage[nu])
         g = g.astype(jnp.float32)
         update, new, part = update_block(
-            rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, hold
+            rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops(hold)
         )
 
         sums = b.sums[leaf]

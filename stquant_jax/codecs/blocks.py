@@ -1,0 +1,50 @@
+"""Blocks of groups: reductions, and what a backend may do in its own way."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Combine = Callable[[jax.Array, jax.Array], jax.Array]
+Hold = Callable[[Any], Any]  # a pytree to the same pytree
+
+
+def by_halves(combine: Combine, x: jax.Array) -> jax.Array:
+    """Reduce the group axis by halves: in a fixed order, the same bits everywhere."""
+    while (n := x.shape[-2]) > 1:
+        x = combine(x[..., : n // 2, :], x[..., n // 2 :, :])
+    return x
+
+
+def take_row(x: jax.Array, turn: jax.Array) -> jax.Array:
+    """Row ``turn`` of a block [..., 32, n]: [..., 1, n]."""
+    return jax.lax.dynamic_slice_in_dim(x, turn, 1, axis=-2)
+
+
+class Ops(NamedTuple):
+    """What a backend may do in its own way, with the same outcome to the bit.
+
+    Attributes:
+      hold: keeps values in memory, where a compiler would rather compute them again for every use,
+        those of a group for every element.
+      fold: reduces the group axis, in the order of `by_halves`.
+      row: picks the row whose turn it is.
+    """
+
+    hold: Hold = lambda x: x
+    fold: Callable[[Combine, jax.Array], jax.Array] = by_halves
+    row: Callable[[jax.Array, jax.Array], jax.Array] = take_row
+
+
+def group_sum(x: jax.Array, ops: Ops = Ops()) -> jax.Array:  # noqa: B008
+    return ops.fold(jnp.add, x)
+
+
+def group_max(x: jax.Array, ops: Ops = Ops()) -> jax.Array:  # noqa: B008
+    return ops.fold(jnp.maximum, x)
+
+
+def presence(scale: jax.Array, not_finite: int) -> jax.Array:
+    """0 for a group of zeros, NaN for one that is not finite, else 1: a factor of its values."""
+    return jnp.where(scale == 0, 0.0, jnp.where(scale == not_finite, jnp.nan, 1.0))

@@ -1,0 +1,175 @@
+"""First moment, relative to the quantized root of the second, e = m / sigma_q: uniform levels up to
+the largest |e|, at four bits and more with an exact zero, at two and three bits on either side of
+zero, which is kept on average. Its one-byte scale makes the decoded group as long as the true one:
+the length never grows on average, so the loop is stable for every b1 < 1.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stquant_jax.codecs.blocks import Ops, group_max, group_sum, presence
+from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
+
+# log2 of the scale, one byte. Fine where training lives (the largest |e| of a group is near 1/2,
+# and up to 1 / sqrt(1 - b2**t) more while nu is young), coarse where mu fades away under an old nu
+# or outruns it.
+MU_CENTER = 0.0
+MU_FINE_PER_OCTAVE = 24
+MU_COARSE_PER_OCTAVE = 5
+MU_FINE_REACH = 3.5  # octaves either side of the center
+MU_ZERO_CODE = 128  # the code of the center
+MU_NOT_FINITE = 2**8 - 1
+
+# Below the largest ratio of any group that is not zero; the reciprocal is a float32.
+_LEAST_RATIO = 2.0**-70
+# Outermost level over the largest |e|, by width: clipping the largest a little serves the others.
+_REACH = (1.0, 1.0, 0.85, 1.0, 0.95, 1.0, 1.0, 1.0, 1.0)
+
+
+class Levels(NamedTuple):
+    """Numbers of a first moment's slot: level of code c is ``(c + low + between) * unit``.
+
+    Every width's levels are among the next one's, so that a slot can grow without losing anything.
+    """
+
+    low: jax.Array  # smallest code, signed
+    high: jax.Array  # largest code, signed
+    between: jax.Array  # 1/2 where levels straddle zero, else 0
+    unit: jax.Array  # distance of levels, in scales
+    gain: jax.Array  # codes from zero to what the largest |e| is mapped to
+
+
+def levels(width: jax.Array) -> Levels:
+    """The levels of a slot from its width (2..8), a traced integer."""
+    half = to_float(jnp.uint32(1) << (width.astype(jnp.uint32) - 1))
+    straddle = width < 4
+    return Levels(
+        low=jnp.where(straddle, -half, 1.0 - half),
+        high=half - 1.0,
+        between=jnp.where(straddle, 0.5, 0.0),
+        unit=jnp.where(straddle, 0.25, 1.0 / half),
+        # cells, not levels, fill the range where levels straddle zero
+        gain=jnp.where(straddle, half, half - 1.0) / jnp.asarray(_REACH, jnp.float32)[width],
+    )
+
+
+def decode_first(
+    codes: jax.Array,
+    scale: jax.Array,
+    sigma: jax.Array,
+    lev: Levels,
+    ops: Ops = Ops(),  # noqa: B008
+) -> jax.Array:
+    """First moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and the other's root.
+    Elementwise."""
+    step = ops.hold(scale_of(scale) * presence(scale, MU_NOT_FINITE) * lev.unit)
+    return (to_float(codes) + (lev.low + lev.between)) * (sigma * step)
+
+
+def scale_of(scale: jax.Array) -> jax.Array:
+    """What a scale code of the first moment stands for, were it neither zero nor not finite."""
+    n = to_float(scale) - MU_ZERO_CODE
+    fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
+    octaves = jnp.minimum(jnp.abs(n), fine) / MU_FINE_PER_OCTAVE
+    octaves += jnp.maximum(jnp.abs(n) - fine, 0.0) / MU_COARSE_PER_OCTAVE
+    return exp2(MU_CENTER + jnp.sign(n) * octaves)
+
+
+class FirstCode(NamedTuple):
+    """An encoded first moment, relative to the root of the second."""
+
+    codes: jax.Array  # float32[..., 32, n], whole and >= 0
+    scale: jax.Array  # uint32[..., 1, n]
+    error: jax.Array  # decoded less true, where the group is present
+
+
+def encode_first(
+    e: jax.Array,
+    valid: jax.Array,
+    present: jax.Array,
+    lev: Levels,
+    dither: jax.Array,
+    coin: jax.Array,
+    ops: Ops = Ops(),  # noqa: B008
+) -> FirstCode:
+    """Codes and scales of a first moment relative to the quantized root of the second.
+
+    ``present`` is 0 for a group of zeros, NaN for one that is not finite, else 1.
+    """
+    gain = ops.hold(gain_of(group_max(jnp.abs(e), ops), lev))
+    q = ops.hold(quantized(e, gain, lev, dither))
+    level = level_of(q, lev)
+    code = length_of(group_sum(e * e, ops), group_sum(level * level * valid, ops), present, coin)
+    return FirstCode(q - lev.low, code, level * decoded_scale(code) - e)
+
+
+# --- the formulas of encode_first, in their order ---
+
+
+def gain_of(largest: jax.Array, lev: Levels) -> jax.Array:
+    """Codes per unit of e, from a group's largest |e|."""
+    return lev.gain / jnp.maximum(largest, _LEAST_RATIO)
+
+
+def quantized(e: jax.Array, gain: jax.Array, lev: Levels, dither: jax.Array) -> jax.Array:
+    """Signed codes, low to high."""
+    z = e * gain
+    # Between the two levels next to zero the choice is random, so that zero stays zero on average:
+    # a parameter without gradient in a living group must not drift.
+    jitter = jnp.where(jnp.abs(z) < 0.5, dither - 0.5, 0.0)
+    return jnp.clip(jnp.floor(z + jnp.where(lev.between > 0, jitter, 0.5)), lev.low, lev.high)
+
+
+def level_of(q: jax.Array, lev: Levels) -> jax.Array:
+    """Signed codes as parts of the scale."""
+    return (q + lev.between) * lev.unit
+
+
+def length_of(
+    length: jax.Array, decoded: jax.Array, present: jax.Array, coin: jax.Array
+) -> jax.Array:
+    """The scale that makes a decoded group as long as the true one, uint32; lengths squared."""
+    log_scale = 0.5 * log2(jnp.maximum(length, TINY) / jnp.maximum(decoded, TINY))
+    scale = jnp.where(length < TINY, 0.0, _round_scale(log_scale, coin))
+    code = jnp.where(present == 1.0, to_code(scale), jnp.where(present == 0.0, 0, MU_NOT_FINITE))
+    return code.astype(jnp.uint32)
+
+
+def decoded_scale(code: jax.Array) -> jax.Array:
+    """What a scale code stands for, 0 and NaN included."""
+    return scale_of(code) * presence(code, MU_NOT_FINITE)
+
+
+def _round_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:
+    """Stochastic rounding of a first moment's scale, unbiased in its square: the length is kept."""
+    away = jnp.abs(log_scale - MU_CENTER)
+    fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
+    n = jnp.minimum(away * MU_FINE_PER_OCTAVE, fine + (away - MU_FINE_REACH) * MU_COARSE_PER_OCTAVE)
+    n = jnp.where(log_scale < MU_CENTER, -n, n)
+    below = jnp.floor(n)
+    # From the step below (4**0) to the step above (4**h), 4**(h f) is reached with this
+    # probability.
+    edge = jnp.where(below < 0, below + 1.0, below)  # the step's end nearer to the center
+    twice = jnp.where(jnp.abs(edge) < fine, 2 / MU_FINE_PER_OCTAVE, 2 / MU_COARSE_PER_OCTAVE)
+    chance = (exp2(twice * (n - below)) - 1.0) / (exp2(twice) - 1.0)
+    code = below + MU_ZERO_CODE + jnp.where(coin < chance, 1.0, 0.0)
+    return jnp.clip(code, 0, MU_NOT_FINITE - 1)
+
+
+def recode_first(
+    codes: jax.Array,
+    scale: jax.Array,
+    valid: jax.Array,
+    old: Levels,
+    new: Levels,
+    dither: jax.Array,
+    coin: jax.Array,
+    ops: Ops = Ops(),  # noqa: B008
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales at another width, the group's length kept. Both uint32, like those given."""
+    step = ops.hold(scale_of(scale) * old.unit)
+    e = ops.hold((to_float(codes) + (old.low + old.between)) * step * valid)
+    code = encode_first(e, valid, presence(scale, MU_NOT_FINITE), new, dither, coin, ops)
+    return to_code(code.codes), code.scale
