@@ -50,3 +50,15 @@ def dither(
         nu_coin=to_float((coins + rotation) >> 8) * 2.0**-24,
         mu_coin=to_float(((coins << 16) + rotation) >> 8) * 2.0**-24,
     )
+
+
+def rounding_bits(
+    seed: int, leaf: jax.Array, step: jax.Array, group: jax.Array, element: jax.Array
+) -> jax.Array:
+    """Uniform bits uint32[..., 32, n] for the rounding of parameters, fresh at every step.
+
+    Their keys are hashes of other numbers than the dither's, which they are independent of.
+    Arguments as for `dither`.
+    """
+    key = hash32(jnp.uint32(seed) ^ hash32(leaf.astype(jnp.uint32) * 2 + 2))
+    return hash32((group * 32 + element) ^ hash32(step.astype(jnp.uint32) ^ key))

@@ -14,9 +14,9 @@ PACKAGE = "stquant_jax"
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
     {"numerics", "planes"},
-    {"layout", "noise"},
+    {"layout", "noise", "rounding"},
     {"places", "codecs", "arena", "blocks"},
-    {"rules", "precision"},
+    {"rules", "precision", "apply"},
     {"backends"},
     {"checks", "planning"},
     {"transform", "solo"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"__init__"},
 )
 # Mechanism, algebra, policy: none knows the others.
-STORAGE = {"planes", "layout", "noise", "places", "codecs", "arena", "blocks"}
+STORAGE = {"planes", "layout", "noise", "rounding", "places", "codecs", "arena", "blocks"}
 ROOMS = (STORAGE, {"rules"}, {"precision"})
 
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from stquant_jax import arena as rows
 from stquant_jax import planes
+from stquant_jax.apply import Apply, apply_quantized
 from stquant_jax.backends.fused import Codes, update_block
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
 from stquant_jax.codecs import Ops, lattice, levels
@@ -42,9 +43,10 @@ def step(
     grads: list[jax.Array],
     packed: rows.Packed,
     plan: Plan,
+    apply: Apply | None = None,
 ) -> tuple[list[jax.Array], rows.Packed, Sums]:
     """One fused update of all quantized leaves: updates, what is stored of them, and statistics
-    float32[leaves] of what storing did.
+    float32[leaves] of what storing did. With ``apply``, new parameters in place of updates.
     """
     leaves = layout.quantized
     sums = jnp.zeros((len(leaves), len(Sums._fields)), jnp.float32)
@@ -110,13 +112,18 @@ def step(
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
         return over_tiles(table.tiles[leaf], layout.tiles, partial(update_chunk, leaf), b)
 
-    dtype = jnp.result_type(*grads)
+    # Updates that are applied here stay in float32 until then, whatever the gradients' dtype.
+    dtype = jnp.result_type(*grads) if apply is None else jnp.float32
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
     for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
         data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
     b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, packed, sums))
     updates = [
-        from_tiles(b.data[first : first + leaf.tiles], leaf).astype(g.dtype)
-        for g, leaf, first in zip(grads, leaves, layout.first_tile, strict=True)
+        from_tiles(b.data[first : first + leaf.tiles], leaf)
+        for leaf, first in zip(leaves, layout.first_tile, strict=True)
     ]
+    if apply is None:
+        updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
+    else:
+        updates = apply_quantized(layout, storage, count, updates, apply)
     return updates, b.packed, Sums(*b.sums.T)

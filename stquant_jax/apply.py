@@ -1,0 +1,98 @@
+"""The update applied to the parameters: p' = p + rate * (u + decay * p), rounded once.
+
+`apply_block` is elementwise, and every backend runs it; the rest lays out what it needs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stquant_jax.layout import Layout, Storage, from_tiles
+from stquant_jax.noise import rounding_bits
+from stquant_jax.places import Place
+from stquant_jax.planes import GROUP
+from stquant_jax.rounding import stochastic
+
+
+class Apply(NamedTuple):
+    """What a step needs to apply its updates.
+
+    Attributes:
+      params: one array per leaf, of any real floating dtype.
+      rate: float32[], minus the learning rate.
+      decay: float32[leaves], the weight decay of each; 0 where it is masked.
+      stochastic: round bfloat16 parameters stochastically. Static.
+    """
+
+    params: list[jax.Array]
+    rate: jax.Array
+    decay: jax.Array
+    stochastic: bool
+
+    def split(self, layout: Layout) -> tuple["Apply", "Apply"]:
+        """Of all leaves -> of the quantized ones, and of the exact ones."""
+        pairs = zip(layout.split(self.params), layout.split(list(self.decay)), strict=True)
+        quantized, exact = (
+            self._replace(params=params, decay=jnp.asarray(decay, jnp.float32))
+            for params, decay in pairs
+        )
+        return quantized, exact
+
+    def rounds(self, param: jax.Array) -> bool:
+        """Whether a leaf needs the bits of `rounding_bits`."""
+        return self.stochastic and param.dtype == jnp.bfloat16
+
+
+def apply_block(
+    p: jax.Array, u: jax.Array, rate: jax.Array, decay: jax.Array, bits: jax.Array | None = None
+) -> jax.Array:
+    """New parameters in p's dtype, from an update in float32: elementwise, any shape.
+
+    The arithmetic is in float32, or in p's dtype if that is wider.
+
+    Args:
+      rate, decay: float32 scalars.
+      bits: uint32, uniform; with them p, which is then bfloat16, is rounded stochastically.
+    """
+    wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+    new = wide + rate * (u + decay * wide)
+    return new.astype(p.dtype) if bits is None else stochastic(new, bits)
+
+
+def apply_quantized(
+    layout: Layout, storage: Storage, count: jax.Array, updates: list[jax.Array], apply: Apply
+) -> list[jax.Array]:
+    """The quantized leaves' new parameters: what any backend's step returns in place of updates."""
+
+    def bits_of(index):
+        leaf = layout.quantized[index]
+        group, _ = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles, ragged=False)
+        element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
+        return from_tiles(
+            rounding_bits(storage.seed, jnp.int32(index), count, group, element), leaf
+        )
+
+    return [
+        apply_block(p, u, apply.rate, decay, bits_of(i) if apply.rounds(p) else None)
+        for i, (p, u, decay) in enumerate(zip(apply.params, updates, apply.decay, strict=True))
+    ]
+
+
+def apply_exact(
+    layout: Layout, storage: Storage, count: jax.Array, update: jax.Array, apply: Apply
+) -> list[jax.Array]:
+    """The exact leaves' new parameters. For the noise their vector is one more leaf, the last."""
+    group, element = jnp.divmod(jnp.arange(layout.exact_size, dtype=jnp.uint32), GROUP)
+    bits = rounding_bits(storage.seed, jnp.int32(len(layout.quantized)), count, group, element)
+    parts = zip(
+        apply.params,
+        layout.split_exact(update),
+        apply.decay,
+        layout.split_exact(bits),
+        strict=True,
+    )
+    return [
+        apply_block(p, u, apply.rate, decay, noise if apply.rounds(p) else None)
+        for p, u, decay, noise in parts
+    ]
