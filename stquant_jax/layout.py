@@ -63,8 +63,9 @@ class Storage:
 class Leaf:
     """One parameter array: its format, why, and its tiles.
 
-    A tile is (band, lane tile): ``band`` counts groups of 32 along the group axis, lane tiles run
-    fastest.
+    A tile is (lane tile, band): ``band`` counts groups of 32 along the group axis and runs fastest,
+    so that consecutive tiles are a block of the leaf whose sides are multiples of 128 in both
+    orientations: what a TPU can fetch and transpose.
     """
 
     path: str
@@ -234,17 +235,17 @@ def to_tiles(x: jax.Array, leaf: Leaf) -> jax.Array:
     groups = _to_groups(x, leaf)
     bands, lane_tiles = leaf.bands, leaf.lane_tiles
     tiles = _pad_to(groups, bands * GROUP, lane_tiles * LANES)
-    tiles = tiles.reshape(bands, GROUP, lane_tiles, LANES).swapaxes(1, 2).reshape(-1, GROUP, LANES)
+    tiles = tiles.reshape(bands, GROUP, lane_tiles, LANES).transpose(2, 0, 1, 3)
+    tiles = tiles.reshape(-1, GROUP, LANES)
     return jnp.pad(tiles, ((0, leaf.tiles - len(tiles)), (0, 0), (0, 0)))
 
 
 def from_tiles(tiles: jax.Array, leaf: Leaf) -> jax.Array:
     """[tiles, 32, 128] -> [*shape]. The inverse of `to_tiles`."""
     bands, lane_tiles = leaf.bands, leaf.lane_tiles
-    tiles = tiles[: bands * lane_tiles].reshape(bands, lane_tiles, GROUP, LANES).swapaxes(1, 2)
-    groups = tiles.reshape(bands * GROUP, lane_tiles * LANES)[
-        : leaf.groups_along, : leaf.lanes_along
-    ]
+    tiles = tiles[: bands * lane_tiles].reshape(lane_tiles, bands, GROUP, LANES)
+    groups = tiles.transpose(1, 2, 0, 3).reshape(bands * GROUP, lane_tiles * LANES)
+    groups = groups[: leaf.groups_along, : leaf.lanes_along]
     return _from_groups(groups, leaf)
 
 

@@ -14,7 +14,7 @@ from stquant_jax.planes import GROUP, LANES
 class Place(NamedTuple):
     """A leaf's geometry as numbers, so that a traced leaf index can pick one out of a table."""
 
-    lane_tiles: jax.Array | int
+    bands: jax.Array | int
     lanes: jax.Array | int
     limit: (
         jax.Array | int
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     def of(cls, leaf: Leaf) -> "Place":
         flat = leaf.kind != "tiled"
         return cls(
-            leaf.lane_tiles, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat)
+            leaf.bands, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat)
         )
 
     def of_tiles(self, tile: jax.Array, size: int, ragged: bool) -> tuple[jax.Array, jax.Array]:
@@ -36,8 +36,9 @@ class Place(NamedTuple):
         the lanes, all padding, which reads as a group of zeros.
         """
         tiles = tile + jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        band = tiles // self.lane_tiles
-        lane = (tiles - band * self.lane_tiles) * LANES + jnp.arange(LANES, dtype=jnp.int32)
+        lane_tile = tiles // self.bands
+        band = tiles - lane_tile * self.bands
+        lane = lane_tile * LANES + jnp.arange(LANES, dtype=jnp.int32)
         group = (band * self.lanes + lane).astype(jnp.uint32)
         if not ragged:
             return group, jnp.ones((1, GROUP, 1), jnp.float32)

@@ -68,8 +68,8 @@ def place(shape: tuple[int, ...]) -> Place:
             matrix = np.pad(flat, (0, -flat.size % GROUP), constant_values=-1).reshape(-1, GROUP).T
     groups, lanes = matrix.shape
     elements, indices = [], []
-    for band in range(math.ceil(groups / GROUP)):
-        for first in range(0, lanes, LANES):
+    for first in range(0, lanes, LANES):
+        for band in range(math.ceil(groups / GROUP)):
             tile = np.full((GROUP, LANES), -1)
             part = matrix[band * GROUP : (band + 1) * GROUP, first : first + LANES]
             tile[: part.shape[0], : part.shape[1]] = part
