@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stquant_jax.layout import Layout, Storage, from_tiles
-from stquant_jax.noise import rounding_bits
+from stquant_jax.noise import keys_of, rounding_bits
 from stquant_jax.places import Place
 from stquant_jax.planes import GROUP
 from stquant_jax.rounding import stochastic
@@ -70,7 +70,7 @@ def apply_quantized(
         group, _ = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles, ragged=False)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
         return from_tiles(
-            rounding_bits(storage.seed, jnp.int32(index), count, group, element), leaf
+            rounding_bits(keys_of(storage.seed, jnp.int32(index), count), group, element), leaf
         )
 
     return [
@@ -84,7 +84,9 @@ def apply_exact(
 ) -> list[jax.Array]:
     """The exact leaves' new parameters. For the noise their vector is one more leaf, the last."""
     group, element = jnp.divmod(jnp.arange(layout.exact_size, dtype=jnp.uint32), GROUP)
-    bits = rounding_bits(storage.seed, jnp.int32(len(layout.quantized)), count, group, element)
+    bits = rounding_bits(
+        keys_of(storage.seed, jnp.int32(len(layout.quantized)), count), group, element
+    )
     parts = zip(
         apply.params,
         layout.split_exact(update),

@@ -26,39 +26,52 @@ class Dither(NamedTuple):
     mu_coin: jax.Array
 
 
-def dither(
-    seed: int, leaf: jax.Array, step: jax.Array, group: jax.Array, element: jax.Array
-) -> Dither:
-    """Dither of a block.
+class Keys(NamedTuple):
+    """Numbers of a leaf and a step, uint32 scalars: what a kernel is given."""
 
-    Args:
-      leaf: index of the leaf, scalar. step: count of updates, scalar.
-      group: uint32[..., 1, n], index of the group in its leaf, on all devices together.
-      element: uint32[..., 32, 1], index of the element in its group.
-    """
-    key = hash32(jnp.uint32(seed) ^ hash32(leaf.astype(jnp.uint32) * 2 + 1))
-    rotation = step.astype(jnp.uint32) * jnp.uint32(_GOLDEN)
-    coins = hash32(group ^ hash32(key ^ jnp.uint32(0xFFFFFFFF)))
-    fixed = hash32((group * 32 + element) ^ key)
-    bits = fixed + rotation
-    # mu's levels next to zero have a memory of a few steps, which rotation would turn into a bias:
-    # fresh numbers, by an odd factor of the step's own.
-    fresh = (fixed | 1) * (hash32(step.astype(jnp.uint32) ^ key) | 1)
-    return Dither(
-        nu=to_float(bits >> 8) * 2.0**-24,
-        mu=(to_float(fresh >> 24) + 0.5) * 2.0**-8,
-        nu_coin=to_float((coins + rotation) >> 8) * 2.0**-24,
-        mu_coin=to_float(((coins << 16) + rotation) >> 8) * 2.0**-24,
+    element: jax.Array
+    coin: jax.Array
+    rotation: jax.Array
+    fresh: jax.Array
+    rounding: jax.Array
+
+
+def keys_of(seed: int, leaf: jax.Array, step: jax.Array) -> Keys:
+    """Keys of a leaf, by its index, and of a step, by the count of updates; both scalars."""
+    leaf, step = leaf.astype(jnp.uint32), step.astype(jnp.uint32)
+    key = hash32(jnp.uint32(seed) ^ hash32(leaf * 2 + 1))
+    parameters = hash32(jnp.uint32(seed) ^ hash32(leaf * 2 + 2))
+    return Keys(
+        element=key,
+        coin=hash32(key ^ jnp.uint32(0xFFFFFFFF)),
+        rotation=step * jnp.uint32(_GOLDEN),
+        fresh=hash32(step ^ key) | 1,
+        rounding=hash32(step ^ parameters),
     )
 
 
-def rounding_bits(
-    seed: int, leaf: jax.Array, step: jax.Array, group: jax.Array, element: jax.Array
-) -> jax.Array:
-    """Uniform bits uint32[..., 32, n] for the rounding of parameters, fresh at every step.
+def dither(keys: Keys, group: jax.Array, element: jax.Array) -> Dither:
+    """Dither of a block.
 
-    Their keys are hashes of other numbers than the dither's, which they are independent of.
-    Arguments as for `dither`.
+    Args:
+      group: uint32[..., 1, n], index of the group in its leaf, on all devices together.
+      element: uint32[..., 32, 1], index of the element in its group.
     """
-    key = hash32(jnp.uint32(seed) ^ hash32(leaf.astype(jnp.uint32) * 2 + 2))
-    return hash32((group * 32 + element) ^ hash32(step.astype(jnp.uint32) ^ key))
+    coins = hash32(group ^ keys.coin)
+    fixed = hash32((group * 32 + element) ^ keys.element)
+    bits = fixed + keys.rotation
+    # mu's levels next to zero have a memory of a few steps, which rotation would turn into a bias:
+    # fresh numbers, by an odd factor of the step's own.
+    fresh = (fixed | 1) * keys.fresh
+    return Dither(
+        nu=to_float(bits >> 8) * 2.0**-24,
+        mu=(to_float(fresh >> 24) + 0.5) * 2.0**-8,
+        nu_coin=to_float((coins + keys.rotation) >> 8) * 2.0**-24,
+        mu_coin=to_float(((coins << 16) + keys.rotation) >> 8) * 2.0**-24,
+    )
+
+
+def rounding_bits(keys: Keys, group: jax.Array, element: jax.Array) -> jax.Array:
+    """Uniform bits uint32[..., 32, n] for the rounding of parameters, fresh at every step and
+    independent of the dither. Arguments as for `dither`."""
+    return hash32((group * 32 + element) ^ keys.rounding)

@@ -36,16 +36,23 @@ class Place(NamedTuple):
         the lanes, all padding, which reads as a group of zeros.
         """
         tiles = tile + jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        lane_tile = tiles // self.bands
-        band = tiles - lane_tile * self.bands
-        lane = lane_tile * LANES + jnp.arange(LANES, dtype=jnp.int32)
-        group = (band * self.lanes + lane).astype(jnp.uint32)
+        group, left = self.of_lanes(tiles, jnp.arange(LANES, dtype=jnp.int32))
         if not ragged:
             return group, jnp.ones((1, GROUP, 1), jnp.float32)
+        return group, (jnp.arange(GROUP, dtype=jnp.int32)[:, None] < left).astype(jnp.float32)
+
+    def of_lanes(self, tile: jax.Array, lane: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Group index uint32 of lanes 0..127 of tiles int32, any shapes that broadcast, and how
+        many elements there are from the group's first on, int32: 32 or more if it is full."""
+        lane_tile = jax.lax.div(
+            tile, jnp.broadcast_to(jnp.int32(self.bands), tile.shape)
+        )  # both are positive
+        band = tile - lane_tile * self.bands
+        lane = lane_tile * LANES + lane
         # Flat, a group is 32 consecutive elements, so it is the last lane that may be cut short,
         # not the last band.
         left = self.limit - GROUP * jnp.where(self.flat == 1, lane, band)
-        return group, (jnp.arange(GROUP, dtype=jnp.int32)[:, None] < left).astype(jnp.float32)
+        return (band * self.lanes + lane).astype(jnp.uint32), left
 
 
 def places_of(leaves: Sequence[Leaf]) -> Place:

@@ -17,7 +17,7 @@ from stquant_jax import planes
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
 from stquant_jax.codecs import Hold, Ops, lattice, levels, recode_first, recode_second
 from stquant_jax.layout import Layout, Storage
-from stquant_jax.noise import dither
+from stquant_jax.noise import dither, keys_of
 from stquant_jax.numerics import to_code, to_float
 from stquant_jax.planes import GROUP
 from stquant_jax.precision import Plan
@@ -72,7 +72,7 @@ def _shrink(
         row = to_float(nu_row.reshape(size, GROUP, 1).astype(jnp.uint32))
         group, valid = table.place(leaf).of_tiles(tile, size, ragged)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
-        noise = dither(storage.seed ^ _SALT, leaf, count, group, element)
+        noise = dither(keys_of(storage.seed ^ _SALT, leaf, count), group, element)
         return planes.unpack(read), scales, row, valid, noise, span, at
 
     def first_moment(leaf, size, tile, packed):

@@ -20,7 +20,7 @@ from stquant_jax.backends.fused import Codes, update_block
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
 from stquant_jax.codecs import Ops, lattice, levels
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
-from stquant_jax.noise import dither
+from stquant_jax.noise import dither, keys_of
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules import Adam, AdamScalars
@@ -84,9 +84,8 @@ def step(
             nu_row.reshape(size, GROUP, 1).astype(jnp.uint32),
         )
         group, valid = table.place(leaf).of_tiles(tile, size, ragged)
-        noise = dither(
-            storage.seed, leaf, count, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
-        )
+        keys = keys_of(storage.seed, leaf, count)
+        noise = dither(keys, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None])
         lev = levels(widths[mu])
         lat = lattice(widths[nu], plan.windows[nu], plan.shrinkage[nu])
         g = g.astype(jnp.float32)

@@ -74,7 +74,7 @@ def scale_of(scale: jax.Array) -> jax.Array:
     fine = MU_FINE_REACH * MU_FINE_PER_OCTAVE
     octaves = jnp.minimum(jnp.abs(n), fine) / MU_FINE_PER_OCTAVE
     octaves += jnp.maximum(jnp.abs(n) - fine, 0.0) / MU_COARSE_PER_OCTAVE
-    return exp2(MU_CENTER + jnp.sign(n) * octaves)
+    return exp2(MU_CENTER + jnp.where(n < 0, -octaves, octaves))
 
 
 class FirstCode(NamedTuple):
