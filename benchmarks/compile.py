@@ -55,7 +55,7 @@ STAGES = {
     "of_tiles": "places",
     "to_float": "casts of codes",
     "to_code": "casts of codes",
-    "sums_of": "statistics",
+    "terms_of": "statistics",
     "in_turn": "statistics",
     "observe": "averages",
     "prepare": "rule",

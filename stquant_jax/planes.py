@@ -11,6 +11,8 @@ stages on eight words do that for 32 codes at once: 2 integer operations per cod
 width.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -21,8 +23,9 @@ PLANES = 8  # the widest code, in bits
 _BUTTERFLY = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))
 
 
-def _transpose8x8(words: list[jax.Array]) -> list[jax.Array]:
-    """Swap bit r of every byte of word p with bit p of the same byte of word r."""
+def transpose8x8(words: Sequence[jax.Array]) -> list[jax.Array]:
+    """Swap bit r of every byte of word p with bit p of the same byte of word r: eight planes to
+    eight words of whole codes, and back."""
     words = list(words)
     for stride, mask in _BUTTERFLY:
         for i in range(PLANES):
@@ -33,17 +36,24 @@ def _transpose8x8(words: list[jax.Array]) -> list[jax.Array]:
     return words
 
 
+def codes_of(words: jax.Array) -> jax.Array:
+    """uint32[..., 8, 128] transposed words -> uint32[..., 32, 128] codes: byte q of word r is the
+    code of element 8 q + r."""
+    return jnp.concatenate([(words >> shift) & jnp.uint32(0xFF) for shift in (0, 8, 16, 24)], -2)
+
+
+def words_of(codes: jax.Array) -> jax.Array:
+    """uint32[..., 32, 128] codes below 256 -> uint32[..., 8, 128] words, `codes_of` undone."""
+    quarter = [codes[..., 8 * q : 8 * q + 8, :] << (8 * q) for q in range(4)]
+    return quarter[0] | quarter[1] | quarter[2] | quarter[3]
+
+
 def unpack(planes: jax.Array) -> jax.Array:
     """uint32[8, ..., 128] planes, those above the width zero -> uint32[..., 32, 128] codes."""
-    words = jnp.stack(_transpose8x8([planes[p] for p in range(PLANES)]), axis=-2)
-    codes = jnp.concatenate(
-        [(words >> shift) & jnp.uint32(0xFF) for shift in (0, 8, 16, 24)], axis=-2
-    )
-    return codes
+    return codes_of(jnp.stack(transpose8x8([planes[p] for p in range(PLANES)]), axis=-2))
 
 
 def pack(codes: jax.Array) -> jax.Array:
     """uint32[..., 32, 128] codes below 256 -> uint32[8, ..., 128] planes, `unpack` undone."""
-    quarter = [codes[..., 8 * q : 8 * q + 8, :] << (8 * q) for q in range(4)]
-    words = quarter[0] | quarter[1] | quarter[2] | quarter[3]
-    return jnp.stack(_transpose8x8([words[..., r, :] for r in range(PLANES)]))
+    words = words_of(codes)
+    return jnp.stack(transpose8x8([words[..., r, :] for r in range(PLANES)]))

@@ -51,7 +51,8 @@ def update_block(
     turn: jax.Array,
     ops: Ops,
 ) -> tuple[jax.Array, Codes, Sums]:
-    """The update of a float32 block [..., 32, n], its new codes and their statistics."""
+    """The update of a float32 block [..., 32, n], its new codes, and what each lane of the row in
+    turn adds to the statistics, [..., 1, n]."""
     hold = ops.hold
     row = to_float(old.nu_row)
     second = decode_second(old.nu, old.nu_scale, row, valid, lat, ops)
@@ -86,7 +87,8 @@ def update_block(
         mu_code=first.codes,
         nu_code=new.codes,
     )
-    return update, codes, sums_of(hold(jax.tree.map(in_turn, sample)), rule, scalars, lev, lat)
+    terms = terms_of(hold(jax.tree.map(in_turn, sample)), rule, scalars, lev, lat)
+    return update, codes, terms
 
 
 class Sample(NamedTuple):
@@ -104,14 +106,8 @@ class Sample(NamedTuple):
     nu_code: jax.Array
 
 
-def sums_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
-    """Sums over the last two axes."""
-    terms = terms_of(x, rule, scalars, lev, lat)
-    return Sums(*(jnp.sum(term, axis=(-2, -1)) for term in terms))
-
-
 def terms_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
-    """What each element adds to the sums; nothing in groups that are zero or not finite."""
+    """What elements add to their leaf's sums: nothing in groups that are zero or not finite."""
 
     def of(values):
         return jnp.where(x.present, values, 0.0)

@@ -89,13 +89,14 @@ def step(
         lev = levels(widths[mu])
         lat = lattice(widths[nu], plan.windows[nu], plan.shrinkage[nu])
         g = g.astype(jnp.float32)
-        update, new, part = update_block(
+        update, new, terms = update_block(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops(hold)
         )
 
+        part = jnp.stack([jnp.sum(term, axis=(-2, -1)) for term in terms], axis=-1)
         sums = b.sums[leaf]
         for i in range(size):  # one after the other, whatever the size of the chunk
-            sums += jnp.stack(part, axis=-1)[i]
+            sums += part[i]
         new_planes = [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
         return Buffers(
             put(b.data, update, at),

@@ -125,7 +125,7 @@ def encode_second(
     growth = grown(energy, count, group_sum(old.v, ops), old.dead, ops)
     drift = hold(drift_of(v, old.root))
 
-    in_turn = jnp.arange(GROUP)[:, None] == turn
+    in_turn = jax.lax.broadcasted_iota(jnp.int32, (GROUP, 1), 0) == turn
     moved = _move_row(
         old, drift - growth.octaves, row, turn, in_turn, valid, growth, lat, dither, ops
     )
