@@ -4,6 +4,7 @@
 >>> tx = stquant.adamw(3e-4, weight_decay=0.1, precision=stquant.Budget(5.0))
 """
 
+from stquant_jax.fusing import fused_update
 from stquant_jax.interop import to_optax
 from stquant_jax.introspect import plan, report
 from stquant_jax.layout import Storage
@@ -30,6 +31,7 @@ __all__ = [
     "Storage",
     "adam",
     "adamw",
+    "fused_update",
     "metrics",
     "plan",
     "report",

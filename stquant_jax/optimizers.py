@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from stquant_jax.fusing import Fusable, fusable
 from stquant_jax.layout import Storage
 from stquant_jax.precision import Budget, Policy
 from stquant_jax.transform import scale_by_adam_q
@@ -21,7 +22,7 @@ def adam(
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
-) -> optax.GradientTransformationExtraArgs:
+) -> Fusable:
     """`optax.adam` with quantized state: ``chain(scale_by_adam_q(...),
     scale_by_learning_rate(learning_rate))``.
 
@@ -32,12 +33,10 @@ def adam(
     Raises:
       ValueError: as `scale_by_adam_q`.
     """
-    return optax.chain(
-        scale_by_adam_q(
-            b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    adam = scale_by_adam_q(
+        b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
     )
+    return fusable(adam, learning_rate)
 
 
 def adamw(
@@ -52,7 +51,7 @@ def adamw(
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
-) -> optax.GradientTransformationExtraArgs:
+) -> Fusable:
     """`optax.adamw` with quantized state: Adam with decoupled weight decay (Loshchilov and Hutter,
     2019).
 
@@ -76,10 +75,7 @@ def adamw(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    return optax.chain(
-        scale_by_adam_q(
-            b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
-        ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+    adam = scale_by_adam_q(
+        b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
     )
+    return fusable(adam, learning_rate, decay=(weight_decay, mask))

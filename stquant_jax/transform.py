@@ -5,6 +5,7 @@ first.
     sums -> averages -> policy -> plan -> repack                                   every K steps
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import optax
 
 from stquant_jax import arena as rows
 from stquant_jax import backends
+from stquant_jax.apply import Apply, apply_exact
 from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_state
 from stquant_jax.layout import Layout, Storage
@@ -46,6 +48,16 @@ class ScaleByAdamQState(NamedTuple):
     precision: PrecisionState
 
 
+class ScaleByAdamQ(optax.GradientTransformationExtraArgs):
+    """An Optax transformation, (init, update), with the step that `fused_update` shares.
+
+    ``step(grads, state, apply=None) -> (updates, state)``; with an `Apply` of all leaves, new
+    parameters in place of updates.
+    """
+
+    step: Callable[..., tuple[Any, ScaleByAdamQState]]
+
+
 def scale_by_adam_q(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -55,7 +67,7 @@ def scale_by_adam_q(
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
-) -> optax.GradientTransformationExtraArgs:
+) -> ScaleByAdamQ:
     r"""Rescale updates by Adam, its moments stored in a few bits each.
 
     .. math::
@@ -110,23 +122,20 @@ def scale_by_adam_q(
     def init(params: optax.Params) -> ScaleByAdamQState:
         return _init_state(layout_for(params, precision, storage), precision)
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByAdamQState]:
-        del params, extra_args
-        layout = layout_for(updates, precision, storage)
-        grads, treedef = jax.tree.flatten(updates)
+    def step(
+        grads: optax.Updates, state: Any, apply: Apply | None = None
+    ) -> tuple[Any, ScaleByAdamQState]:
+        layout = layout_for(grads, precision, storage)
+        leaves, treedef = jax.tree.flatten(grads)
         check_state(state, layout)
-        quantized, exact = layout.split(grads)
+        quantized, exact = layout.split(leaves)
+        to_quantized, to_exact = (None, None) if apply is None else apply.split(layout)
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
         packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
         plan = state.precision.plan
         quantized, packed, sums = backend_step(
-            layout, storage, rule, scalars, count, quantized, packed, plan
+            layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
         )
         decays = scalars.b1, scalars.b2
         observed = observe(state.precision.observed, sums, plan.widths[1::2], decays, count)
@@ -139,12 +148,24 @@ def scale_by_adam_q(
             packed,
             state.precision._replace(observed=observed),
         )
-        exact, moments = _update_exact(layout, rule, scalars, exact, state.exact)
+        exact, moments = _update_exact(
+            layout, storage, rule, scalars, count, exact, state.exact, to_exact
+        )
         updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
-        state = ScaleByAdamQState(count, *packed, exact=moments, precision=schedule)
-        return updates, state
+        return updates, ScaleByAdamQState(count, *packed, exact=moments, precision=schedule)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdamQState]:
+        del params, extra_args
+        return step(updates, state)
+
+    tx = ScaleByAdamQ(init, update)
+    tx.step = step
+    return tx
 
 
 def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
@@ -183,14 +204,24 @@ def _adapt(
 
 
 def _update_exact(
-    layout: Layout, rule: Adam, scalars: AdamScalars, grads: list[jax.Array], moments: jax.Array
+    layout: Layout,
+    storage: Storage,
+    rule: Adam,
+    scalars: AdamScalars,
+    count: jax.Array,
+    grads: list[jax.Array],
+    moments: jax.Array,
+    apply: Apply | None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The rule on the small leaves, in float32, all of them as one vector."""
     if not moments.shape[1]:
-        return grads, moments
+        return grads if apply is None else apply.params, moments
     g = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in grads])
     mu, nu = rule.accumulate(g, moments[0], moments[1], scalars)
     update = rule.direction(g, mu, nu, scalars)
-    parts = layout.split_exact(update)
-    updates = [u.astype(x.dtype) for u, x in zip(parts, grads, strict=True)]
+    if apply is None:
+        parts = layout.split_exact(update)
+        updates = [u.astype(x.dtype) for u, x in zip(parts, grads, strict=True)]
+    else:
+        updates = apply_exact(layout, storage, count, update, apply)
     return updates, jnp.stack([mu, nu])

@@ -20,6 +20,7 @@ FLOORS = (
     {"backends"},
     {"checks", "planning"},
     {"transform", "solo"},
+    {"fusing"},
     {"optimizers", "interop", "introspect", "telemetry", "resizing"},
     {"__init__"},
 )
