@@ -1,27 +1,34 @@
-# Every target installs what it needs into .venv first; `make PYTHON=python3.12 ...` picks the Python.
+# Every target installs what it needs into .venv first; `make PYTHON=python3.12 VENV=.venv-3.12 ...`
+# picks another Python and another place.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+TESTS ?= # all
+BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
-.NOTPARALLEL: # the targets share one .venv
+.PHONY: demo test aot lint clean
+.NOTPARALLEL: # the targets share one environment
 
-demo: .venv/examples.installed
+demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_gpt.py
 
-test: .venv/tests.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# The order is kept so that the longest file is not the last.
+test: $(VENV)/tests.installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-lint: .venv/dev.installed
+# A large download, 700 MB on disk, by which `make test` also compiles for TPUs.
+aot: $(VENV)/aot.installed
+
+lint: $(VENV)/dev.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv* build dist
 
 # The stem is the name of an extra in pyproject.toml.
-.venv/%.installed: pyproject.toml
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+$(VENV)/%.installed: pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	touch $@
