@@ -1,0 +1,130 @@
+"""What a kernel is given: static geometry, traced scalars, references, shared memory."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.windows import ALIGNMENT, Window
+from stquant_jax.codecs import Lattice, Levels
+from stquant_jax.layout import Leaf
+from stquant_jax.noise import Keys
+from stquant_jax.places import Place
+from stquant_jax.planes import GROUP, LANES, PLANES
+from stquant_jax.rules import Adam, AdamScalars
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is static of a leaf's kernel. Leaves of one geometry share it."""
+
+    tiles: int
+    bands: int
+    place: Place
+    ragged: bool  # some groups are only partly filled
+    staged: bool  # the leaf comes as a matrix [tiles * 32, 128], tile below tile
+    rule: Adam
+    gradients: Window
+    params: Window | None  # that updates are applied to, if they are
+    rounds: bool  # parameters are rounded stochastically
+
+    @property
+    def out(self) -> Window:
+        """Of what the kernel puts out: updates or new parameters."""
+        return self.params or self.gradients
+
+    @classmethod
+    def of(
+        cls, leaf: Leaf, rule: Adam, gradients: Any, params: Any = None, rounds: bool = False
+    ) -> "Geometry":
+        """``gradients`` and ``params`` are dtypes.
+
+        A leaf is updated where it is if its rows are aligned as the copy engine needs them.
+        """
+        dtypes = [jnp.dtype(x) for x in (gradients, params) if x is not None]
+        aligned = all(leaf.shape[-1] * dtype.itemsize % ALIGNMENT == 0 for dtype in dtypes)
+        staged = leaf.kind != "tiled" or not aligned
+        windows = [Window(dtype, leaf.transposed and not staged) for dtype in dtypes]
+        return cls(
+            leaf.tiles,
+            leaf.bands,
+            Place.of(leaf),
+            leaf.ragged,
+            staged,
+            rule,
+            windows[0],
+            windows[1] if len(windows) > 1 else None,
+            rounds,
+        )
+
+
+class Scalars(NamedTuple):
+    """Traced numbers of a leaf."""
+
+    turn: jax.Array  # int32: the row that moves
+    mu_first: jax.Array
+    mu_width: jax.Array
+    nu_first: jax.Array
+    nu_width: jax.Array
+    first_tile: jax.Array
+    keys: Keys
+    rule: AdamScalars
+    lev: Levels
+    lat: Lattice
+    rate: jax.Array  # minus the learning rate
+    decay: jax.Array
+
+
+class Stored(NamedTuple):
+    """What is stored of all leaves, updated in place."""
+
+    arena: Any  # uint32[rows, 128]
+    mu_scale: Any  # uint8[tiles, 128]
+    nu_scale: Any  # uint16[tiles, 128]
+    nu_row: Any  # uint8[tiles * 32]
+
+
+class Scratch(NamedTuple):
+    """Shared memory of a tile."""
+
+    gradients: Any
+    out: Any  # in the memory of the gradients, unless the rule asks for both at once
+    mu: Any  # float32[32, 128]: mu, then mu over sigma
+    drift: Any  # float32[32, 128]: octaves that a root moved, then log2 of the new root
+    codes: Any  # float32[32, 128]: new codes of nu; before there are any, row 0 has the tile's rows
+    mu_words: Any  # uint32[8, 128]; while mu is decoded, four rows of it are what `Tile.rows` reads
+    nu_words: Any  # uint32[8, 128]
+    row_codes: Any  # uint8[128], 32 of them used
+    arrived: Any  # barrier of gradients and rows
+    params_arrived: Any  # barrier
+
+    @classmethod
+    def types(cls, geometry: Geometry) -> tuple[Any, ...]:
+        """What to allocate."""
+        gradients, out = geometry.gradients.scratch, geometry.out.scratch
+        if geometry.gradients == geometry.out and not _both(geometry):
+            held: Any = (gradients,)
+        else:
+            held = (gradients, out) if _both(geometry) else plgpu.RefUnion(gradients, out)
+        block = plgpu.SMEM((GROUP, LANES), jnp.float32)
+        word = plgpu.SMEM((PLANES, LANES), jnp.uint32)
+        return (
+            held,
+            *(block, block, block, word, word),
+            plgpu.SMEM((LANES,), jnp.uint8),
+            plgpu.Barrier(num_arrivals=geometry.gradients.copies + 1),
+            plgpu.Barrier(num_arrivals=geometry.out.copies),
+        )
+
+    @classmethod
+    def of(cls, held: Any, *others: Any) -> "Scratch":
+        """From references to what `types` lists."""
+        held = tuple(held)
+        return cls(held[0], held[-1], *others)
+
+
+def _both(geometry: Geometry) -> bool:
+    """Whether gradients are still asked for when parameters are there."""
+    return geometry.params is not None and geometry.rule.nesterov

@@ -1,0 +1,64 @@
+"""Codes of a tile in shared memory: word r of a lane holds those of elements r, r + 8, r + 16 and
+r + 24, one a byte. Turned over, by three butterfly stages in registers, they are the bit-planes of
+the arena.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.gpu.folding import QUARTERS
+from stquant_jax.planes import PLANES, transpose8x8
+
+
+class Slot(NamedTuple):
+    """Where a tile's planes lie in the arena; traced scalars."""
+
+    first: jax.Array  # row of plane 0 of this tile
+    width: jax.Array  # planes
+    stride: jax.Array  # rows from plane to plane
+
+
+def load(arena: Any, slot: Slot, home: jax.Array, words: Any) -> None:
+    """Planes to words, zeros above the width.
+
+    All eight rows are asked for at once, in place of one after the other as the width says; what is
+    not stored is read again from ``home``, a row that is needed anyway.
+    """
+    planes = []
+    for p in range(PLANES):
+        stored = p < slot.width
+        row = arena[jnp.where(stored, slot.first + p * slot.stride, home)]
+        planes.append(jnp.where(stored, row, jnp.uint32(0)))
+    for r, word in enumerate(transpose8x8(planes)):
+        words[r] = word
+
+
+def store(arena: Any, slot: Slot, words: Any) -> None:
+    """Words to planes, as many as the width says. The words in shared memory are lost."""
+    for p, plane in enumerate(transpose8x8([words[r] for r in range(PLANES)])):
+        words[p] = plane
+
+    def put(p, _):
+        arena[slot.first + p * slot.stride] = words[p]
+        return 0
+
+    lax.fori_loop(0, slot.width, put, 0)
+
+
+def codes(words: Any, r: jax.Array) -> list[jax.Array]:
+    """Codes uint32[128] of elements r, r + 8, r + 16 and r + 24."""
+    word = words[r]
+    return [(word >> (8 * q)) & jnp.uint32(0xFF) for q in QUARTERS]
+
+
+def put_codes(words: Any, r: jax.Array, parts: list[jax.Array]) -> None:
+    a, b, c, d = (part << (8 * q) for q, part in enumerate(parts))
+    words[r] = (a | b) | (c | d)
+
+
+def code_at(words: Any, i: jax.Array) -> jax.Array:
+    """The code of element i."""
+    return (words[i & 7] >> (i >> 3 << 3).astype(jnp.uint32)) & jnp.uint32(0xFF)
