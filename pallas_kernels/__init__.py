@@ -1,5 +1,5 @@
-"""The optimizer step as Pallas kernels for TPU and GPU. None is written yet.
+"""The optimizer step as Pallas kernels for TPU and GPU: grids, references and copies.
 
-Kernels share the codec and rule functions of `stquant_jax` and plug in behind the signature of
-`stquant_jax.backends`, the only place that imports this package, and lazily.
+The arithmetic is `stquant_jax`'s own, the same functions that its XLA backend runs.
+`stquant_jax.backends` is the only place that imports this package, and lazily.
 """

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stquant_jax import arena as rows
+from stquant_jax.backends import settle
 from stquant_jax.checks import check_concrete, check_precision, check_state, find_state
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planning import layout_for, rows_for, schedule_bytes, slots_for
@@ -262,5 +263,5 @@ def _report(
         schedule_bytes,
         (capacity - used) * rows.ROW_BYTES,
         rows.reference_bytes(layout),
-        storage.backend or "xla",
+        settle(storage).backend,
     )

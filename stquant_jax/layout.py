@@ -32,20 +32,26 @@ class Storage:
 
     Attributes:
       min_size: leaves of fewer elements (by their global shape) stay exact float32.
-      row_alignment: rows of the arena that belong together; 1, or 8 where a TPU kernel copies
-        planes.
-      backend: "xla", or None for the best one that can run here.
+      row_alignment: rows of the arena that belong together: each leaf's tiles are padded to a
+        multiple. None is what the backend needs, 8 for "pallas_tpu" and 1 for the others.
+      backend: "xla", "pallas_tpu", "pallas_gpu", or None for the best one that can run here. A
+        named backend runs or raises.
+      interpret: run the kernels of a Pallas backend on the CPU, slowly, to test and debug them:
+        True, or the interpreter's parameters (`pltpu.InterpretParams`, `plgpu.InterpretGPUParams`).
       seed: of the stochastic rounding; the same seed gives the same bits.
     """
 
     min_size: int = TILE
-    row_alignment: int = 1
+    row_alignment: int | None = None
     backend: str | None = None
+    interpret: Any = False
     seed: int = 0
 
     def __post_init__(self):
         for name, lowest in (("min_size", 0), ("row_alignment", 1), ("seed", 0)):
             value = getattr(self, name)
+            if name == "row_alignment" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(
                     f"Storage({name}={value!r}): expected an integer of at least {lowest}"
@@ -222,7 +228,7 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
         groups,
         lanes,
         transposed,
-        _align(tiles, storage.row_alignment),
+        _align(tiles, storage.row_alignment or 1),
     )
 
 

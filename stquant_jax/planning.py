@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from stquant_jax import arena as rows
+from stquant_jax.backends import settle
 from stquant_jax.layout import Layout, Storage, layout_of
 from stquant_jax.precision import Policy, Slots
 from stquant_jax.precision.slots import unmatched
@@ -16,9 +17,9 @@ def layout_for(tree: Any, precision: Policy, storage: Storage) -> Layout:
     """The layout of a tree, pins included.
 
     Raises:
-      ValueError: as `layout_of`; a pin that matches no leaf.
+      ValueError: as `layout_of`; a pin that matches no leaf; a backend that cannot run.
     """
-    layout = layout_of(tree, storage, precision.keeps_exact)
+    layout = layout_of(tree, settle(storage), precision.keeps_exact)
     paths = [leaf.path for leaf in layout.leaves]
     for pattern in unmatched(precision.pins, paths):
         raise ValueError(

@@ -307,9 +307,9 @@ def _check_arguments(b1: Any, b2: Any, eps: Any, bits: Any, quantile: Any, stora
             f"Storage(backend={storage.backend!r}) cannot run SOLO: its blocks need a quantile, "
             "for which there is no kernel: expected 'xla' or None"
         )
-    if storage.row_alignment != 1:
+    if storage.row_alignment not in (None, 1):
         raise ValueError(
-            f"Storage(row_alignment={storage.row_alignment}): expected 1, as SOLO has no arena"
+            f"Storage(row_alignment={storage.row_alignment}): expected None, as SOLO has no arena"
         )
 
 

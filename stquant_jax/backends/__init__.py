@@ -1,20 +1,85 @@
-"""Backends: the same fused step on different hardware. A named one runs or raises the reason."""
+"""Backends: the same fused step on different hardware. A named one runs or raises the reason.
+
+"xla" runs everywhere; "pallas_tpu" and "pallas_gpu" are kernels, imported when they are used. Left
+to the library, the platform of `jax.default_backend()` decides, and a program that is lowered for
+another platform after all gets the XLA loop there.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import jax
 
 from stquant_jax.backends import xla
 from stquant_jax.layout import Storage
 
+_ALIGNMENT = {"xla": 1, "pallas_tpu": 8, "pallas_gpu": 1}
+# Kernels of a platform, and what `jax.lax.platform_dependent` calls it.
+_KERNELS = {"tpu": ("pallas_tpu", "tpu"), "gpu": ("pallas_gpu", "cuda")}
+
+
+def settle(storage: Storage) -> Storage:
+    """A storage whose backend and row alignment are decided.
+
+    Raises:
+      ValueError: a named backend cannot run, or not with that row alignment.
+    """
+    name = storage.backend or _best()
+    need = _ALIGNMENT[name]
+    alignment = storage.row_alignment or need
+    if alignment % need:
+        raise ValueError(
+            f"Storage(row_alignment={alignment}) with backend={name!r}: expected a multiple of "
+            f"{need}, or None"
+        )
+    if storage.backend and (reason := _obstacle(name)):
+        raise ValueError(f"Storage(backend={name!r}) cannot run: {reason}; expected 'xla' or None")
+    return replace(storage, backend=name, row_alignment=alignment)
+
 
 def resolve(storage: Storage) -> Callable:
-    """The step function of a storage's backend.
+    """The step function of a storage's backend. No device is asked for before it is called.
 
     Raises:
       ValueError: a named backend cannot run.
     """
-    if storage.backend in (None, "xla"):
-        return xla.step
-    raise ValueError(
-        f"Storage(backend={storage.backend!r}) cannot run, this version lacks its kernels: "
-        "expected 'xla' or None"
-    )
+    if storage.backend:
+        settled = settle(storage)
+        return _step_of(settled.backend)
+
+    def step(*args: Any) -> Any:
+        name = _best()
+        if name == "xla":
+            return xla.step(*args)
+        platform = next(key for kernels, key in _KERNELS.values() if kernels == name)
+        branches = {platform: lambda: _step_of(name)(*args), "default": lambda: xla.step(*args)}
+        return jax.lax.platform_dependent(**branches)
+
+    return step
+
+
+def _step_of(name: str | None) -> Callable:
+    return import_module(f"stquant_jax.backends.{name}").step
+
+
+def _best() -> str:
+    """The backend for the default platform."""
+    name, _ = _KERNELS.get(jax.default_backend(), ("xla", ""))
+    if name == "xla" or _obstacle(name) or (name == "pallas_gpu" and _too_old()):
+        return "xla"
+    return name
+
+
+def _obstacle(name: str) -> str | None:
+    """Why a backend's kernels cannot be built here, if they cannot."""
+    if name == "pallas_gpu":
+        return import_module("stquant_jax.backends.pallas_gpu").unsupported()
+    return None
+
+
+def _too_old() -> bool:
+    """The default GPU has no warpgroups, which the kernels are made of (before Hopper)."""
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return float(capability) < 9.0

@@ -16,10 +16,12 @@ from stquant_jax.codecs import (
     decode_second,
     encode_first,
     encode_second,
+    lattice,
+    levels,
 )
 from stquant_jax.noise import Dither
 from stquant_jax.numerics import to_code, to_float
-from stquant_jax.precision import Sums
+from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules import Adam, AdamScalars
 
 LN2 = 0.6931471805599453
@@ -37,6 +39,12 @@ class Codes(NamedTuple):
     mu_scale: jax.Array
     nu_scale: jax.Array
     nu_row: jax.Array
+
+
+def slot_numbers(plan: Plan) -> tuple[Levels, Lattice]:
+    """What codes mean in each leaf's slots: float32[leaves] in every field."""
+    nu = plan.widths[1::2], plan.windows[1::2], plan.shrinkage[1::2]
+    return levels(plan.widths[0::2]), lattice(*nu)
 
 
 def update_block(

@@ -16,9 +16,9 @@ from jax import lax
 from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.apply import Apply, apply_quantized
-from stquant_jax.backends.fused import Codes, update_block
+from stquant_jax.backends.fused import Codes, slot_numbers, update_block
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
-from stquant_jax.codecs import Ops, lattice, levels
+from stquant_jax.codecs import Ops
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
 from stquant_jax.noise import dither, keys_of
 from stquant_jax.planes import GROUP, LANES
@@ -55,6 +55,7 @@ def step(
     widths = plan.widths
     table = Table.of(layout)
     offsets = rows.offsets(widths, layout)
+    numbers = slot_numbers(plan)
     hold = holder(count > 0)
     ragged = any(leaf.ragged for leaf in leaves)
 
@@ -86,8 +87,7 @@ def step(
         group, valid = table.place(leaf).of_tiles(tile, size, ragged)
         keys = keys_of(storage.seed, leaf, count)
         noise = dither(keys, group, jnp.arange(GROUP, dtype=jnp.uint32)[:, None])
-        lev = levels(widths[mu])
-        lat = lattice(widths[nu], plan.windows[nu], plan.shrinkage[nu])
+        lev, lat = jax.tree.map(lambda x: x[leaf], numbers)
         g = g.astype(jnp.float32)
         update, new, terms = update_block(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops(hold)

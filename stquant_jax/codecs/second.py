@@ -137,7 +137,7 @@ def encode_second(
     highest = group_max(-codes, ops)
     row = moved - lowest
     highest, row, depth = hold((highest, row, row * (1 / ROW_PER_OCTAVE)))
-    codes = jnp.minimum(codes + highest, lat.last)
+    codes = jnp.minimum(codes + highest, last_code(growth, lat))
 
     relative = hold(exp2(-(depth + lat.delta * codes)))
     scale, rounded = base_of(energy, group_sum(relative * relative * valid, ops), growth, coin)
@@ -251,6 +251,12 @@ def row_step(
 def stepped(codes: jax.Array, own: jax.Array, lat: Lattice, dither: jax.Array) -> jax.Array:
     """Codes after a drift of ``own`` octaves against group and row, rounded stochastically."""
     return codes - jnp.floor(own * (1.0 / lat.delta) + dither)
+
+
+def last_code(growth: Growth, lat: Lattice) -> jax.Array:
+    """A group's largest code: a group of zeros has none, so that its planes are the same on every
+    backend, padding included."""
+    return jnp.where(growth.dead, 0.0, lat.last)
 
 
 def base_of(

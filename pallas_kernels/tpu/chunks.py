@@ -1,0 +1,75 @@
+"""A leaf cut into chunks of eight tiles: what one step of a kernel's grid works on.
+
+Tiles run along the group axis first, so eight of them are a block of 256 x 128 elements of the
+leaf, or of 128 x 256 where the group axis is the last: both are whole tiles of TPU memory, and
+the eight rows of each plane are one.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import pallas as pl
+
+from stquant_jax.layout import Leaf, from_tiles, to_tiles
+from stquant_jax.places import Place
+from stquant_jax.planes import GROUP, LANES
+
+CHUNK = 8
+ROWS = CHUNK * GROUP  # elements of a chunk along the group axis
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The geometry of a leaf's chunks; static, equal for leaves that can share a kernel.
+
+    A leaf whose bands do not come in eights, and one that is folded or flat, is laid out tile by
+    tile first, as a matrix [tiles * 32, 128]: its gradient is copied.
+    """
+
+    place: Place
+    ragged: bool
+    direct: bool
+    transposed: bool
+    bands: int  # of the matrix that the kernel sees, a multiple of eight
+    lane_tiles: int
+    groups: int  # elements of that matrix along the group axis and along the lanes
+    lanes: int
+
+    @classmethod
+    def of(cls, leaf: Leaf) -> "Chunks":
+        direct = leaf.kind == "tiled" and leaf.bands % CHUNK == 0
+        if direct:
+            matrix = leaf.bands, leaf.lane_tiles, leaf.groups_along, leaf.lanes_along
+        else:
+            matrix = leaf.tiles, 1, leaf.tiles * GROUP, LANES
+        return cls(Place.of(leaf), leaf.ragged, direct, direct and leaf.transposed, *matrix)
+
+    @property
+    def tiles(self) -> int:
+        return self.bands * self.lane_tiles
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.lane_tiles, self.bands // CHUNK
+
+    @property
+    def padded(self) -> bool:
+        """Blocks reach beyond the matrix, where memory holds anything."""
+        return self.groups % ROWS != 0 or self.lanes % LANES != 0
+
+    @property
+    def block(self) -> pl.BlockSpec:
+        """Of the gradients, the updates and the parameters."""
+        if self.transposed:
+            return pl.BlockSpec((LANES, ROWS), lambda lane_tile, i, *_: (lane_tile, i))
+        return pl.BlockSpec((ROWS, LANES), lambda lane_tile, i, *_: (i, lane_tile))
+
+    def matrix(self, x: jax.Array, leaf: Leaf) -> jax.Array:
+        """A leaf as the kernel sees it."""
+        return x.reshape(-1, x.shape[-1]) if self.direct else to_tiles(x, leaf).reshape(-1, LANES)
+
+    def leaf(self, matrix: jax.Array, leaf: Leaf) -> jax.Array:
+        """`matrix` undone."""
+        if self.direct:
+            return matrix.reshape(leaf.shape)
+        return from_tiles(matrix.reshape(-1, GROUP, LANES), leaf)

@@ -1,0 +1,278 @@
+"""The kernel: a chunk's planes, scales and gradients in, its updates, planes and scales out.
+
+Everything is read once and written once. Gradients, updates and scales come and go through the
+grid's own pipeline; planes are copied by hand, for their number is only known at run time. All
+stored arrays are updated in place.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
+from pallas_kernels.tpu.planes import (
+    BUFFER,
+    SEMAPHORES,
+    WORDS,
+    Copies,
+    pack_chunk,
+    unpack_chunk,
+    words_of_tile,
+)
+from stquant_jax.apply import apply_block
+from stquant_jax.noise import Keys, dither, rounding_bits
+from stquant_jax.planes import GROUP, LANES, codes_of, words_of
+
+# A byte of mu's scales is stored in tiles of 32 rows, four chunks': they come and go together.
+_BYTES = 32
+_SUMS = 16  # rows of the block that takes the statistics, of which there are fewer
+_PICKS = 16  # places for blocks of which a row at a traced index is wanted
+
+
+class Buffers(NamedTuple):
+    """What is stored of all leaves, as the kernels see it."""
+
+    arena: jax.Array  # uint32[rows, 128]
+    mu_scale: jax.Array  # uint8[tiles, 128]
+    nu_scale: jax.Array  # uint16[tiles, 128]
+    nu_row: jax.Array  # int32[chunks, 1, 256]
+
+
+class Numbers(NamedTuple):
+    """Scalars of a leaf and a step, in SMEM."""
+
+    first_chunk: jax.Array
+    mu_row: jax.Array  # first row of mu's slot in the arena
+    nu_row: jax.Array
+    mu_width: jax.Array
+    nu_width: jax.Array
+    turn: jax.Array
+    keys: Keys
+    floats: jax.Array  # float32[...]: the rule's and the codecs', for the body; then rate and decay
+
+    def pack(self) -> tuple[jax.Array, jax.Array]:
+        keys = [lax.bitcast_convert_type(key, jnp.int32) for key in self.keys]
+        return jnp.stack([*self[:6], *keys]).astype(jnp.int32), self.floats
+
+    @classmethod
+    def unpack(cls, ints: Any, floats: Any, count: int) -> "Numbers":
+        keys = [lax.bitcast_convert_type(ints[6 + i], jnp.uint32) for i in range(len(Keys._fields))]
+        return cls(*(ints[i] for i in range(6)), Keys(*keys), [floats[i] for i in range(count)])
+
+
+@partial(jax.jit, static_argnames=("body", "chunks", "stochastic", "interpret"))
+def update_leaf(
+    body: Callable,
+    chunks: Chunks,
+    numbers: Numbers,
+    g: jax.Array,
+    stored: Buffers,
+    params: jax.Array | None = None,
+    stochastic: bool = False,
+    interpret: Any = False,
+) -> tuple[jax.Array, Buffers, jax.Array]:
+    """One leaf's update, as `Chunks.matrix` lays it out.
+
+    Args:
+      body: ``body(floats, g, codes, valid, noise, turn, row) -> (update, codes, terms)``, where
+        codes are (mu, nu, mu_scale, nu_scale, nu_row), uint32; ``row(block, turn)`` picks a row.
+      params: with them the result holds new parameters in place of the update; the last two floats
+        are rate and decay. ``stochastic``: their rounding to bfloat16.
+
+    Returns:
+      The update, what is stored, and the sum of terms over tiles, float32[terms, 128].
+    """
+    ints, floats = numbers.pack()
+    steps = chunks.grid[1]
+
+    def chunk_of(lane_tile, i, ints, _):
+        return ints[0] + lane_tile * steps + i
+
+    def by_chunk(*block):
+        return pl.BlockSpec(block, lambda *at: (chunk_of(*at), *[0] * (len(block) - 1)))
+
+    mu_scale = pl.BlockSpec(
+        (_BYTES, LANES), lambda *at: (lax.div(chunk_of(*at), _BYTES // CHUNK), 0)
+    )
+    spaces = [
+        pl.BlockSpec(memory_space=pl.ANY),
+        mu_scale,
+        by_chunk(CHUNK, LANES),
+        by_chunk(1, 1, ROWS),
+    ]
+    matrices = [g] if params is None else [g, params]
+    varying = jax.typeof(g).manual_axis_type  # inside of shard_map
+
+    def like(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+
+    block = pltpu.VMEM((ROWS, LANES), jnp.float32)
+    update, *stored_, sums = pl.pallas_call(
+        partial(_kernel, body, chunks, floats.size, stochastic, params is not None),
+        out_shape=[
+            like(matrices[-1]),
+            *map(like, stored),
+            like(jax.ShapeDtypeStruct((_SUMS, LANES), jnp.float32)),
+        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=chunks.grid,
+            in_specs=[*[chunks.block] * len(matrices), *spaces],
+            out_specs=[chunks.block, *spaces, pl.BlockSpec((_SUMS, LANES), lambda *_: (0, 0))],
+            scratch_shapes=[
+                *(BUFFER, SEMAPHORES, BUFFER, SEMAPHORES, WORDS),
+                block,  # gradients in, updates out
+                block,  # parameters
+                pltpu.VMEM((ROWS, LANES), jnp.int32),  # rows of nu
+                pltpu.VMEM((_BYTES, LANES), jnp.int32),  # scales of mu
+                pltpu.VMEM((CHUNK, LANES), jnp.int32),  # and of nu
+                pltpu.VMEM((_PICKS, GROUP, LANES), jnp.float32),
+            ],
+        ),
+        input_output_aliases={2 + len(matrices) + i: 1 + i for i in range(len(stored))},
+        interpret=interpret,
+        name="stquant_update",
+    )(ints, floats, *matrices, *stored)
+    return update, Buffers(*stored_), sums
+
+
+def _kernel(body, chunks, floats, stochastic, applied, int_ref, float_ref, *refs):
+    numbers = Numbers.unpack(int_ref, float_ref, floats)
+    g_in, refs = refs[0], refs[1:]
+    params_in, refs = (refs[0], refs[1:]) if applied else (None, refs)
+    _, mu_scale_in, nu_scale_in, nu_row_in, *refs = refs
+    out, arena, mu_scale_out, nu_scale_out, nu_row_out, sums, *refs = refs
+    read, read_sem, write, write_sem, words, data, params, rows, mu_scale, nu_scale, picks = refs
+
+    lane_tile, i = pl.program_id(0), pl.program_id(1)
+    chunk = lane_tile * chunks.grid[1] + i  # of the leaf
+    last = chunks.tiles // CHUNK - 1
+    first = numbers.mu_row, numbers.nu_row
+    widths = numbers.mu_width, numbers.nu_width
+    reads = Copies(arena, read, read_sem, first, widths, chunks.tiles, inward=True)
+    writes = Copies(arena, write, write_sem, first, widths, chunks.tiles, inward=False)
+
+    @pl.when(chunk == 0)
+    def _():
+        reads.start(chunk)
+        sums[...] = jnp.zeros_like(sums)
+
+    @pl.when(chunk < last)
+    def _():
+        reads.start(chunk + 1)
+
+    quarter = lax.rem(numbers.first_chunk + chunk, _BYTES // CHUNK)
+
+    @pl.when((chunk == 0) | (quarter == 0))
+    def _():
+        mu_scale[...] = mu_scale_in[...].astype(jnp.int32)
+
+    nu_scale[...] = nu_scale_in[...].astype(jnp.int32)
+    rows[...] = jnp.broadcast_to(nu_row_in[0], (LANES, ROWS)).T
+    data[...] = _oriented(g_in, chunks, lane_tile, i)
+    if applied:
+        params[...] = _oriented(params_in, chunks, lane_tile, i)
+    reads.wait(chunk)
+    unpack_chunk(read, chunk, widths, words)
+
+    @pl.loop(0, CHUNK)
+    def _(k):
+        here = pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
+        at_mu, at_nu = pl.ds(quarter * CHUNK + k, 1), pl.ds(k, 1)
+        codes = (
+            codes_of(words.at[0][words_of_tile(k)]),
+            codes_of(words.at[1][words_of_tile(k)]),
+            *(_unsigned(x) for x in (mu_scale[at_mu], nu_scale[at_nu], rows[here])),
+        )
+        group, valid, element = _places(chunks, chunk * CHUNK + k)
+        update, new, terms = body(
+            numbers.floats,
+            data[here],
+            codes,
+            valid,
+            dither(numbers.keys, group, element),
+            numbers.turn,
+            _picker(picks),
+        )
+        if applied:
+            bits = rounding_bits(numbers.keys, group, element) if stochastic else None
+            # The rounding to the parameters' dtype comes with the store.
+            update = _apply(params[here], update, numbers.floats[-2:], bits)
+        data[here] = update
+        for moment in range(2):
+            words.at[moment][words_of_tile(k)] = words_of(new[moment])
+        mu_scale[at_mu], nu_scale[at_nu], rows[here] = (_signed(x) for x in new[2:])
+        for s, term in enumerate(terms):
+            sums[s : s + 1] += term
+
+    @pl.when(chunk >= 2)
+    def _():
+        writes.wait(chunk - 2)
+
+    pack_chunk(words, chunk, write)
+    writes.start(chunk)
+    mu_scale_out[...] = mu_scale[...].astype(mu_scale_out.dtype)
+    nu_scale_out[...] = nu_scale[...].astype(nu_scale_out.dtype)
+    nu_row_out[0] = rows[...].T[:1]
+    out[...] = (data[...].T if chunks.transposed else data[...]).astype(out.dtype)
+
+    @pl.when(chunk == last)
+    def _():
+        @pl.when(chunk >= 1)
+        def _():
+            writes.wait(chunk - 1)
+
+        writes.wait(chunk)
+
+
+def _oriented(ref: Any, chunks: Chunks, lane_tile: jax.Array, i: jax.Array) -> jax.Array:
+    """A block of gradients or parameters, float32[256, 128] and zero outside of the leaf."""
+    x = ref[...].astype(jnp.float32)
+    x = x.T if chunks.transposed else x
+    if not chunks.padded:
+        return x
+    group = lax.broadcasted_iota(jnp.int32, x.shape, 0) + i * ROWS
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) + lane_tile * LANES
+    return jnp.where((group < chunks.groups) & (lane < chunks.lanes), x, 0.0)
+
+
+def _places(chunks: Chunks, tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Index of the groups, 1 for elements and 0 for padding, index in the group."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    group, left = chunks.place.of_lanes(tile, lane)
+    element = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0)
+    if not chunks.ragged:
+        return group, jnp.ones((GROUP, LANES), jnp.float32), _unsigned(element)
+    return group, jnp.where(element < left, 1.0, 0.0), _unsigned(element)
+
+
+def _picker(picks: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A row at a traced index: a vector has none, memory does. Each block has a place of its own,
+    so that none waits for another."""
+    places = iter(range(_PICKS))
+
+    def row(x: jax.Array, turn: jax.Array) -> jax.Array:
+        place = next(places)
+        picks[place] = x.astype(jnp.float32)
+        return picks[place, pl.ds(turn, 1)].astype(x.dtype)
+
+    return row
+
+
+def _apply(p: jax.Array, update: jax.Array, floats: list, bits: jax.Array | None) -> jax.Array:
+    new = apply_block(p if bits is None else p.astype(jnp.bfloat16), update, *floats, bits)
+    return new.astype(jnp.float32)
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _signed(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
