@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stquant_jax.layout import Layout, Storage, from_tiles
 from stquant_jax.noise import keys_of, rounding_bits
@@ -32,10 +33,11 @@ class Apply(NamedTuple):
 
     def split(self, layout: Layout) -> tuple["Apply", "Apply"]:
         """Of all leaves -> of the quantized ones, and of the exact ones."""
-        pairs = zip(layout.split(self.params), layout.split(list(self.decay)), strict=True)
         quantized, exact = (
-            self._replace(params=params, decay=jnp.asarray(decay, jnp.float32))
-            for params, decay in pairs
+            self._replace(
+                params=[self.params[i] for i in which], decay=self.decay[np.array(which, int)]
+            )
+            for which in layout.split(range(len(self.params)))
         )
         return quantized, exact
 

@@ -54,9 +54,8 @@ def fused_update(
     other, as they must where `optax.apply_updates` is a program of its own, the two differ by that
     rounding, 2**-24 of the product.
 
-    Where either is narrower this is the more exact: all of it is computed in float32 (float64
-    parameters: in float64, from a float32 update) and rounded once, to the parameters' dtype;
-    Optax rounds the update to the gradients' dtype first.
+    Where either is narrower this is the more exact: all of it is computed in float32 and rounded
+    once, to the parameters' dtype; Optax rounds the update to the gradients' dtype first.
 
     A chain around `adam` cannot be fused. What stands before it runs by itself: ``clipped, _ =
     optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())``.
