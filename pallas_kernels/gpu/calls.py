@@ -64,7 +64,7 @@ class Tables(NamedTuple):
 
     def row(self, leaf: jax.Array) -> Scalars:
         """One leaf's, in the kernel, where the tables are references."""
-        numbers = iter(table[leaf, k] for table in self for k in range(table.shape[1]))
+        numbers: Any = iter(table[leaf, k] for table in self for k in range(table.shape[1]))
 
         def take(like):
             return like(*(next(numbers) for _ in like._fields))
@@ -118,7 +118,7 @@ def update(
     grads: list[jax.Array],
     stored: Stored,
     apply: Apply | None = None,
-    interpret: Any = None,
+    interpret: Any = False,
 ) -> tuple[list[jax.Array], Stored, list[jax.Array]]:
     """One update of all quantized leaves.
 
@@ -126,13 +126,15 @@ def update(
       terms: from a sample of elements (a dict), the rule, its scalars, levels and lattice to what
         each element adds to the statistics: at most 16 vectors.
       grads, and the parameters of ``apply``: float32, bfloat16 or float16.
-      interpret: `plgpu.InterpretGPUParams` to run on a CPU.
+      interpret: run on a CPU; True, or `plgpu.InterpretGPUParams`.
 
     Returns:
       Updates, or new parameters where they are applied; what is stored; and for each leaf the
       statistics of its tiles, float32[tiles, 16].
     """
     floor.ensure()
+    if interpret is True:
+        interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
     results, sums = [], []
     for i, (leaf, g) in enumerate(zip(layout.quantized, grads, strict=True)):
         p = None if apply is None else apply.params[i]
@@ -141,7 +143,7 @@ def update(
         x, stored, part = _update_leaf(
             geometry,
             terms,
-            interpret,
+            interpret or None,
             jnp.full(1, i, jnp.int32),
             tables,
             _matrix(g, leaf, geometry),

@@ -4,7 +4,7 @@ JAX has no public way to add one. Where a version has its own rule, that one is 
 """
 
 from jax import lax
-from jax._src.pallas.mosaic_gpu import lowering
+from jax._src.pallas.mosaic_gpu import core, lowering
 from jax.experimental.mosaic.gpu import LoweringSemantics
 from jaxlib.mlir.dialects import math
 
@@ -15,6 +15,6 @@ def _floor(ctx, x, **_):
 
 def ensure() -> None:
     """Add the rule, unless there is one."""
-    semantics = (LoweringSemantics.Lane, lowering.gpu_core.PrimitiveSemantics.Warpgroup)
+    semantics = (LoweringSemantics.Lane, core.PrimitiveSemantics.Warpgroup)
     if lax.floor_p not in lowering.mosaic_lowering_rules[semantics]:
         lowering.register_lowering_rule(lax.floor_p, LoweringSemantics.Lane)(_floor)

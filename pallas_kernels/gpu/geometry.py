@@ -93,8 +93,8 @@ class Scratch(NamedTuple):
     out: Any  # in the memory of the gradients, unless the rule asks for both at once
     mu: Any  # float32[32, 128]: mu, then mu over sigma
     drift: Any  # float32[32, 128]: octaves that a root moved, then log2 of the new root
-    codes: Any  # float32[32, 128]: new codes of nu; before there are any, row 0 has the tile's rows
-    mu_words: Any  # uint32[8, 128]; while mu is decoded, four rows of it are what `Tile.rows` reads
+    codes: Any  # float32[32, 128]: the tile's rows in one; nu's new codes; roots over the base
+    mu_words: Any  # uint32[8, 128]; while mu is decoded, numbers of the tile's rows: `Tile.rows`
     nu_words: Any  # uint32[8, 128]
     row_codes: Any  # uint8[128], 32 of them used
     arrived: Any  # barrier of gradients and rows

@@ -31,6 +31,7 @@ from stquant_jax.codecs.second import (
     base_of,
     drift_of,
     grown,
+    last_code,
     log_share_of,
     row_step,
     shrunk,
@@ -68,7 +69,7 @@ def update_tile(
     tile.move_row(growth, codes)
     tile.fetch_params(out)
     highest = tile.step_codes(growth)
-    decoded = tile.place_codes(highest)
+    decoded = tile.place_codes(highest, last_code(growth, s.lat))
     nu_scale, rounded = base_of(energy, decoded, growth, tile.coins.nu_coin)
     sample = tile.sample(growth, rounded)
     largest, length = tile.direct(growth, rounded)
@@ -230,18 +231,14 @@ class Tile:
 
         return fold(of_word, (jnp.maximum,), (vector(-jnp.inf),))[0]
 
-    def relative(self, i: jax.Array, code: jax.Array) -> jax.Array:
-        """Root of an element relative to its group's base."""
-        return exp2(-(self.rows(DEPTH, i) + self.s.lat.delta * code))
-
-    def place_codes(self, highest: jax.Array) -> jax.Array:
+    def place_codes(self, highest: jax.Array, last: jax.Array) -> jax.Array:
         """nu's codes counted from the group's largest root, packed. Per group: decoded energy."""
         scratch = self.scratch
 
         def element(i):
-            code = jnp.minimum(scratch.codes[i] + highest, self.s.lat.last)
-            scratch.codes[i] = code
-            root = self.relative(i, code)
+            code = jnp.minimum(scratch.codes[i] + highest, last)
+            root = exp2(-(self.rows(DEPTH, i) + self.s.lat.delta * code))  # over the group's base
+            scratch.codes[i] = root
             return code, (root * root * self.valid(i),)
 
         def of_word(r):
@@ -261,14 +258,14 @@ class Tile:
         update = self.geometry.rule.direction(g, scratch.mu[i], v_used, s.rule)
         # One element that is not finite shows in its whole group, at once.
         update *= 1.0 + 0.0 * growth.presence
-        inverse_root = exp2(-rounded) / self.relative(i, scratch.codes[i])
+        inverse_root = exp2(-rounded) / scratch.codes[i]
         return update, v_used, inverse_root, spread
 
     def sample(self, growth: Growth, rounded: jax.Array) -> dict[str, jax.Array]:
         """What statistics are taken of, of the row in turn, but for mu's codes."""
         i, g, scratch = self.s.turn, self.gradient_in_turn, self.scratch
         update, v_used, inverse_root, spread = self.result(i, g, growth, rounded)
-        code, depth = scratch.codes[i], self.rows(DEPTH, i)
+        code, depth = to_float(words.code_at(scratch.nu_words, i)), self.rows(DEPTH, i)
         return {
             "present": self.valid(i) * growth.presence == 1.0,
             "g": g,

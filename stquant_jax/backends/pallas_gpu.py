@@ -1,16 +1,23 @@
 """The GPU backend: Mosaic kernels of `pallas_kernels.gpu`, one launch per quantized leaf."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu
 from stquant_jax import arena as rows
-from stquant_jax.backends.fused import Sample, terms_of
+from stquant_jax.apply import Apply, apply_quantized
+from stquant_jax.backends.fused import Sample, slot_numbers, terms_of
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules import Adam, AdamScalars
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # that the kernels read and write
+
+
+def unsupported() -> str | None:
+    """Why the kernels cannot be built here, if they cannot. No device is asked for."""
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or newer, on Python 3.12 or newer; this is {jax.__version__}"
+    return None
 
 
 def _terms(sample, rule, scalars, lev, lat):
@@ -26,11 +33,15 @@ def step(
     grads: list[jax.Array],
     packed: rows.Packed,
     plan: Plan,
-    interpret: Any = None,
+    apply: Apply | None = None,
 ) -> tuple[list[jax.Array], rows.Packed, Sums]:
-    """As `xla.step`."""
+    """As `stquant_jax.backends.xla.step`."""
+    from pallas_kernels import gpu  # of what it imports, older versions of JAX lack some
+
     if not layout.quantized:
         return [], packed, Sums(*jnp.zeros((len(Sums._fields), 0), jnp.float32))
+    inside = apply is None or all(p.dtype in DTYPES for p in apply.params)
+    kept = [g if g.dtype in DTYPES and inside else g.astype(jnp.float32) for g in grads]
     tables = gpu.Tables.of(
         layout,
         storage,
@@ -38,11 +49,22 @@ def step(
         count,
         rows.offsets(plan.widths, layout),
         plan.widths,
-        plan.windows,
-        plan.shrinkage,
+        *slot_numbers(plan),
+        *((apply.rate, apply.decay) if apply else ()),
     )
     updates, stored, tile_sums = gpu.update(
-        layout, rule, _terms, tables, grads, gpu.Stored(*packed), interpret
+        layout,
+        rule,
+        _terms,
+        tables,
+        kept,
+        gpu.Stored(*packed),
+        apply if inside else None,
+        storage.interpret,
     )
+    if apply is None:
+        updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
+    elif not inside:
+        updates = apply_quantized(layout, storage, count, updates, apply)
     sums = jnp.stack([jnp.sum(part[:, : len(Sums._fields)], axis=0) for part in tile_sums])
     return updates, rows.Packed(*stored), Sums(*sums.T)
