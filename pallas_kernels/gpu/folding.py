@@ -40,10 +40,11 @@ def fold(
     def combine(a: Values, b: Values) -> Values:
         return tuple(f(x, y) for f, x, y in zip(combines, a, b, strict=True))
 
-    def level(bit: int, r: jax.Array | int) -> Values:
+    def level(bit: int, r: jax.Array) -> Values:
         if bit == _WORDS:
-            x = of_word(jnp.asarray(r, jnp.int32))
+            x = of_word(r)
             return combine(combine(x[0], x[2]), combine(x[1], x[3]))
-        return lax.fori_loop(0, 2, lambda j, c: combine(c, level(2 * bit, r + bit * j)), start)
+        bits = jnp.int32(0), jnp.int32(2)
+        return lax.fori_loop(*bits, lambda j, c: combine(c, level(2 * bit, r + bit * j)), start)
 
-    return level(1, 0)
+    return level(1, jnp.int32(0))

@@ -177,7 +177,7 @@ class Tile:
             here,
             living(valid * code),
             living(codes),
-            living(self.size),
+            living(self.size) if self.geometry.ragged else here * GROUP,
             living(jnp.where(valid > 0, own, 0.0)),
             s.lat,
             self.noise(s.turn, self.first_group).nu,
