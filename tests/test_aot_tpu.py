@@ -58,6 +58,7 @@ def test_fused_update():
     program = aot.compile_for("v5e", step, params, state, params, donate=(1, 2))
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= nbytes(params, state)
+    assert memory.temp_size_in_bytes <= 0.1 * nbytes(params)
     assert aot.copies(program, state[0].arena) == 0
 
 

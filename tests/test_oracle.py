@@ -29,18 +29,18 @@ def gradients(step):
     return g
 
 
-def slots(state):
+def slots(state, places=PLACES):
     """First row, width and tiles of every slot: leaf by leaf, mu before nu, one after the other."""
-    tiles = np.repeat([len(place.element) for place in PLACES.values()], 2)
+    tiles = np.repeat([len(place.element) for place in places.values()], 2)
     widths = np.asarray(state.precision.plan.widths)
     return list(zip(np.cumsum(widths * tiles) - widths * tiles, widths, tiles, strict=True))
 
 
-def read(state):
+def read(state, places=PLACES):
     """The codes of every quantized leaf, as the oracle reads the arena."""
-    arena, table, tile = np.asarray(state.arena), iter(slots(state)), 0
+    arena, table, tile = np.asarray(state.arena), iter(slots(state, places)), 0
     leaves = {}
-    for name, place in PLACES.items():
+    for name, place in places.items():
         part = slice(tile, tile := tile + len(place.element))
         leaves[name] = oracle.Codes(
             *(storage.read_slot(arena, *next(table)) for _ in range(2)),
@@ -76,6 +76,19 @@ def assert_leaf(update, got, want_update, want, place):
     assert_close(got.mu_scale, want.mu_scale, alike, 0.99)
 
 
+def assert_step(before, g, updates, state, adam, count, places=PLACES):
+    """One step of any backend, all leaves, is what the definitions make of the state before."""
+    old, new = read(before, places), read(state, places)
+    plan = before.precision.plan
+    for i, (name, place) in enumerate(places.items()):
+        x, update = (storage.to_tiles(np.asarray(y[name], float), place) for y in (g, updates))
+        (mu, nu), nu_slot = map(int, plan.widths[2 * i : 2 * i + 2]), 2 * i + 1
+        window, shrinkage = (float(y[nu_slot]) for y in (plan.windows, plan.shrinkage))
+        slot = oracle.Slot(mu, nu, window, shrinkage, seed=0, leaf=i)
+        want = oracle.step(x, old[name], place, adam, slot, count)
+        assert_leaf(update, new[name], *want, place)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize(("mu", "nu"), WIDTHS)
 def test_steps(mu, nu, nesterov):
@@ -87,13 +100,7 @@ def test_steps(mu, nu, nesterov):
         updates, state = common.update(g, state, adam.b1, adam.b2, nesterov=nesterov)
         if count not in CHECKED:
             continue
-        old, new = read(before), read(state)
-        for i, (name, place) in enumerate(PLACES.items()):
-            x, update = (storage.to_tiles(np.asarray(y[name], float), place) for y in (g, updates))
-            shrinkage = float(before.precision.plan.shrinkage[2 * i + 1])
-            slot = oracle.Slot(mu, nu, window, shrinkage, seed=0, leaf=i)
-            want = oracle.step(x, old[name], place, adam, slot, count)
-            assert_leaf(update, new[name], *want, place)
+        assert_step(before, g, updates, state, adam, count)
 
 
 def test_arena_bits():

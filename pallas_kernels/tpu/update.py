@@ -135,7 +135,11 @@ def update_leaf(
                 pltpu.VMEM((_PICKS, GROUP, LANES), jnp.float32),
             ],
         ),
-        input_output_aliases={2 + len(matrices) + i: 1 + i for i in range(len(stored))},
+        # The result takes the place of what it replaces: gradients are rarely used again.
+        input_output_aliases={
+            1 + len(matrices): 0,
+            **{2 + len(matrices) + i: 1 + i for i in range(len(stored))},
+        },
         interpret=interpret,
         name="stquant_update",
     )(ints, floats, *matrices, *stored)
