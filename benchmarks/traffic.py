@@ -1,0 +1,154 @@
+"""Bytes that one update must move through memory, and what each backend moves beside them.
+
+On an accelerator these are the floor of an update's time: docs/kernels.md has them in tables,
+`benchmarks.gpu_suite` measures against them.
+
+    python -m benchmarks.traffic           print the tables of docs/kernels.md
+    python -m benchmarks.traffic --write   put them there
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.shapes import SETS, size
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+GROUP, TILE_LANES = 32, 128
+TILE = GROUP * TILE_LANES
+BACKENDS = {"xla": "XLA loop", "pallas_tpu": "TPU kernel", "pallas_gpu": "GPU kernel"}
+ADAM = 4 + 4  # m and v in float32
+DTYPES = {4: "float32", 2: "bfloat16"}
+# Vendors' nominal memory bandwidths, bytes per second; the page says whose.
+CHIPS = {"H100 SXM": 3.35e12, "TPU v5e": 0.82e12, "TPU v6e": 1.6e12, "TPU v5p": 2.77e12}
+
+
+def stored(mu: float, nu: float) -> float:
+    """Bytes of state per element of a whole tile, with codes of these widths.
+
+    A group of 32 has a byte for mu's scale and two for nu's; a tile of 32 x 128 has a byte for
+    each of its 32 rows.
+    """
+    return (mu + nu) / 8 + (1 + 2) / GROUP + GROUP / TILE
+
+
+def stored_all_in(bits: float) -> float:
+    """Bytes of state per element of a budget, all-in bits of each of the two moments."""
+    return 2 * bits / 8
+
+
+def step_bytes(stored: float, gradient: float = 4, param: float | None = None) -> float:
+    """Bytes that one update must move: everything is read once and written once.
+
+        update alone     stored + gradient read,            stored + update written
+        update applied   stored + gradient + param read,    stored + param written
+
+    Each number is bytes per element, or of a whole tree. Float32 Adam stores 8: its update moves
+    24, and AdamW applied in the same program 28.
+
+    Args:
+      stored: of state.
+      gradient: of gradients; updates have their dtype.
+      param: of parameters, where the update is applied to them in the same pass.
+    """
+    return 2 * stored + gradient + (gradient if param is None else 2 * param)
+
+
+def extra_bytes(backend: str, gradient: float = 4, param: float | None = None) -> float:
+    """Bytes per element that a backend moves beside `step_bytes`, for a leaf of whole tiles.
+
+    * XLA: gradients are laid out tile by tile in a buffer, the loop overwrites it with updates, and
+      these are laid out as the leaf: six times a gradient is read or written, not twice. The buffer
+      is float32 where updates are applied. What the loop carries from one operation to the next is
+      a chunk at a time, in cache.
+    * TPU: rows of nu are bytes in the state and int32 in the kernel; XLA converts them before and
+      after.
+    * GPU: 16 statistics of each tile are written, and summed by XLA.
+    """
+    if backend == "xla":
+        if param is None:
+            return 4 * gradient
+        return (gradient + 4) + (4 + 4) + (4 + 2 * param) - (gradient + 2 * param)
+    if backend == "pallas_tpu":
+        return (2 * (1 + 4) + 2 * 4 - 2 * 1) * GROUP / TILE
+    if backend == "pallas_gpu":
+        return 2 * 16 * 4 / TILE
+    raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def staged_bytes(gradient: float = 4, param: float | None = None) -> float:
+    """Bytes per element that a kernel's leaf costs more if it is first laid out tile by tile: what
+    goes in and what comes out is read and written once more."""
+    out = gradient if param is None else param
+    return 2 * (gradient + (param or 0) + out)
+
+
+def _cases() -> Iterator[tuple[float, int, int | None]]:
+    """All-in bits, bytes of a gradient, bytes of a parameter if the update is applied."""
+    for bits in (5.0, 3.5):
+        for gradient in DTYPES:
+            yield bits, gradient, None
+            yield bits, gradient, gradient
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def bytes_table() -> str:
+    """Bytes per element, by backend."""
+    body = []
+    for bits, gradient, param in _cases():
+        least = step_bytes(stored_all_in(bits), gradient, param)
+        moved = [least + extra_bytes(backend, gradient, param) for backend in BACKENDS]
+        adam = step_bytes(ADAM, gradient, param)
+        what = "update" if param is None else "update applied"
+        numbers = [f"{x:.3f}" for x in (least, *moved, adam)]
+        body.append([f"{bits:g}", DTYPES[gradient], what, *numbers])
+    header = ["bits", "gradients", "", "must move", *BACKENDS.values(), "fp32 Adam"]
+    return _table(header, body)
+
+
+def time_table() -> str:
+    """Milliseconds that the bytes which must move take at nominal bandwidth, GPT-2 small."""
+    elements = size(SETS["gpt2"])
+    body = []
+    for bits, gradient, param in _cases():
+        moved = elements * step_bytes(stored_all_in(bits), gradient, param)
+        what = "update" if param is None else "update applied"
+        times = [f"{1e3 * moved / bandwidth:.3f}" for bandwidth in CHIPS.values()]
+        body.append([f"{bits:g}", DTYPES[gradient], what, *times])
+    moved = elements * step_bytes(ADAM)
+    times = [f"{1e3 * moved / bandwidth:.3f}" for bandwidth in CHIPS.values()]
+    body.append(["fp32 Adam", DTYPES[4], "update", *times])
+    return _table(["bits", "gradients", "", *(f"{chip}, ms" for chip in CHIPS)], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {"bytes": bytes_table, "times": time_table}
+
+
+def render(text: str) -> str:
+    """The page with its tables made anew between their markers."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        if not re.search(pattern, text, re.DOTALL):
+            raise ValueError(f"{PAGE.name} has no markers for {name!r}")
+        text = re.sub(pattern, lambda m, t=table: m[1] + t() + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    if parser.parse_args().write:
+        PAGE.write_text(render(PAGE.read_text()))
+    else:
+        print(*(table() for table in TABLES.values()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
