@@ -42,6 +42,19 @@ def test_lowering(backend):
     assert ("tpu_custom_call" in text) == (backend == "pallas_tpu")
 
 
+def test_choice(monkeypatch):
+    """Where there is a TPU it is the kernels that run there, and XLA where else it is lowered for."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    grads = common.zeros({**SHAPES, "bands": (60, 248)})  # four tiles, and four more to align
+    tx = optimizer()
+    args = grads, jax.eval_shape(tx.init, grads)
+    assert stquant.plan(grads, PRECISION).backend == "pallas_tpu"
+    assert args[1].mu_scale.shape[0] == 40
+    for platform, kernels in (("tpu", True), ("cpu", False)):
+        module = export.export(jax.jit(tx.update), platforms=[platform])(*args).mlir_module()
+        assert ("tpu_custom_call" in module) == kernels
+
+
 def test_named_runs_or_raises():
     """On a CPU, without the interpreter, it is JAX that says why not."""
     tx = optimizer(backend="pallas_tpu")
