@@ -68,8 +68,8 @@ class Run:
         self.compile_seconds = time.perf_counter() - start
         self.carry: Carry = (params if contender.applies else None, state)
         del args, params, state
-        self.train(1)
-        self.first_step_seconds = self.train(1)
+        self.first_call_seconds = self.train(1)  # kernels may be assembled only then
+        self.step_seconds = self.train(1)
 
     def train(self, length: int) -> float:
         """Seconds per step of several, one behind the other."""
@@ -198,7 +198,7 @@ def measure(setting: Setting, shapes: str) -> Iterator[dict[str, Any]]:
 
 
 def _row(setting: Setting, run: Run, base: Run, fastest: float) -> dict[str, Any]:
-    slowest = max(run.first_step_seconds, base.first_step_seconds)
+    slowest = max(run.step_seconds, base.step_seconds)
     length = max(1, min(TRAIN, int(TRAIN_SECONDS / slowest)))
     repeats = max(3, min(REPEATS, int(ALL_SECONDS / (2 * length * slowest))))
     if setting.interpret:
@@ -225,6 +225,7 @@ def _row(setting: Setting, run: Run, base: Run, fastest: float) -> dict[str, Any
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "compile_seconds": round(run.compile_seconds, 2),
+        "first_call_seconds": round(run.first_call_seconds, 3),
     }
 
 

@@ -69,6 +69,16 @@ def _loss(merge: Callable, graph: Any, params: Any, text: jax.Array) -> jax.Arra
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
 
+def _text(example: Any) -> tuple[str, jax.Array]:
+    """What it is, and bytes to train on."""
+    try:
+        corpus, _ = example.load_corpus(Path(sysconfig.get_path("stdlib")))
+        return "standard library", jnp.asarray(corpus)
+    except SystemExit:  # a Python without sources
+        random = np.random.default_rng(0)
+        return "random letters", jnp.asarray(random.integers(97, 123, 10**7, np.uint8))
+
+
 def gpt2(setting: Setting) -> Iterator[dict[str, Any]]:
     """A row per run, all from the same weights over the same bytes."""
     from flax import nnx
@@ -81,8 +91,7 @@ def gpt2(setting: Setting) -> Iterator[dict[str, Any]]:
         words, steps = VOCABULARY, STEPS
         sizes = {"layers": LAYERS, "features": WIDTH, "heads": 12, "length": CONTEXT, "batch": 8}
     cfg = example.Config(steps=steps, lr=PEAK, weight_decay=DECAY, **sizes)
-    corpus, _ = example.load_corpus(Path(sysconfig.get_path("stdlib")))
-    text = jnp.asarray(corpus)
+    source, text = _text(example)
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK, max(1, steps // 10), steps)
     runs: dict[str, Any] = {"optax.adamw": optax.adamw(schedule, weight_decay=DECAY)}
     # Of so small a model, most elements are exact.
@@ -94,10 +103,8 @@ def gpt2(setting: Setting) -> Iterator[dict[str, Any]]:
     for i, (name, tx) in enumerate(runs.items()):
         # An equal part of what is left, the compilation included.
         deadline = time.monotonic() + setting.left / (len(runs) - i)
-        yield {
-            "run": name,
-            **_train(cfg, tx, _model(example, cfg, words), nnx.merge, text, deadline),
-        }
+        row = _train(cfg, tx, _model(example, cfg, words), nnx.merge, text, deadline)
+        yield {"run": name, "text": source, **row}
 
 
 def _train(
