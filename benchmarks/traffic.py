@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks import _io
 from benchmarks.shapes import SETS, size
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -21,6 +22,7 @@ BACKENDS = {"xla": "XLA loop", "pallas_tpu": "TPU kernel", "pallas_gpu": "GPU ke
 ADAM = 4 + 4  # m and v in float32
 DTYPES = {4: "float32", 2: "bfloat16"}
 # Vendors' nominal memory bandwidths, bytes per second; the page says whose.
+H100 = {"processors": 132, "hertz": 1.98e9}  # the SXM's, at its highest clock
 CHIPS = {"H100 SXM": 3.35e12, "TPU v5e": 0.82e12, "TPU v6e": 1.6e12, "TPU v5p": 2.77e12}
 
 
@@ -126,7 +128,25 @@ def time_table() -> str:
     return _table(["bits", "gradients", "", *(f"{chip}, ms" for chip in CHIPS)], body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"bytes": bytes_table, "times": time_table}
+def arithmetic_table() -> str:
+    """What the GPU kernel executes per element, from its machine code, and the time it takes at
+    least; of whole tiles of GPT-2 small on an H100."""
+    tiles = size(SETS["gpt2"]) / TILE
+    rate = H100["processors"] * H100["hertz"]
+    body = []
+    for kernel, found in _io.read_json(_io.RESULTS / "ptxas.json")["kernels"].items():
+        cycles = found["least_cycles_per_tile"]
+        instructions = found["instructions_per_element"]["all"]
+        row = [kernel, f"{instructions:.0f}", str(cycles), f"{1e3 * tiles * cycles / rate:.2f}"]
+        body.append(row)
+    return _table(["GPU kernel", "instructions per element", "cycles per tile", "H100, ms"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "bytes": bytes_table,
+    "times": time_table,
+    "arithmetic": arithmetic_table,
+}
 
 
 def render(text: str) -> str:
