@@ -1,5 +1,7 @@
 """Settings of all tests: reproducible examples, nothing read from an earlier run."""
 
+import os
+
 import hypothesis
 import jax
 
@@ -11,3 +13,5 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 jax.config.update("jax_enable_compilation_cache", False)
+# libtpu, where it is installed to compile for TPUs, is loaded by each process of pytest-xdist.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
