@@ -7,6 +7,7 @@ What a compiler makes of them is another matter: it fuses products into sums, an
 The GPU kernel is counted from its machine code, by `benchmarks.ptxas`.
 """
 
+import argparse
 from collections import Counter
 
 import jax
@@ -61,6 +62,10 @@ def count(jaxpr, found: Counter) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+
     def shape(dtype, *size):
         return jax.ShapeDtypeStruct(size, dtype)
 

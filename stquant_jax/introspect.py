@@ -263,5 +263,5 @@ def _report(
         schedule_bytes,
         (capacity - used) * rows.ROW_BYTES,
         rows.reference_bytes(layout),
-        settle(storage).backend,
+        str(settle(storage).backend),
     )

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stquant_jax as stquant
+from benchmarks import aot
 from benchmarks.shapes import SETS
 from examples import train_gpt
-from tests import aot
 
 pytest.importorskip("libtpu", reason="pip install '.[aot]' brings libtpu")
 

@@ -54,7 +54,7 @@ class Numbers(NamedTuple):
     nu_width: jax.Array
     turn: jax.Array
     keys: Keys
-    floats: jax.Array  # float32[...]: the rule's and the codecs', for the body; then rate and decay
+    floats: Any  # float32[...] or a list: the rule's and the codecs', for the body; rate and decay
 
     def pack(self) -> tuple[jax.Array, jax.Array]:
         keys = [lax.bitcast_convert_type(key, jnp.int32) for key in self.keys]
@@ -63,7 +63,8 @@ class Numbers(NamedTuple):
     @classmethod
     def unpack(cls, ints: Any, floats: Any, count: int) -> "Numbers":
         keys = [lax.bitcast_convert_type(ints[6 + i], jnp.uint32) for i in range(len(Keys._fields))]
-        return cls(*(ints[i] for i in range(6)), Keys(*keys), [floats[i] for i in range(count)])
+        whole = {name: ints[i] for i, name in enumerate(cls._fields[:6])}
+        return cls(**whole, keys=Keys(*keys), floats=[floats[i] for i in range(count)])
 
 
 @partial(jax.jit, static_argnames=("body", "chunks", "stochastic", "interpret"))
@@ -270,7 +271,9 @@ def _picker(picks: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def _apply(p: jax.Array, update: jax.Array, floats: list, bits: jax.Array | None) -> jax.Array:
-    new = apply_block(p if bits is None else p.astype(jnp.bfloat16), update, *floats, bits)
+    rate, decay = floats
+    p = p if bits is None else p.astype(jnp.bfloat16)
+    new = apply_block(p, update, rate, decay, bits)
     return new.astype(jnp.float32)
 
 

@@ -2,10 +2,10 @@
 next."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import tpu
 from stquant_jax import arena as rows
@@ -27,12 +27,11 @@ class Body:
     rule: Adam
 
     def __call__(self, numbers, g, codes, valid, noise, turn, row):
-        numbers = iter(numbers)
-        scalars, lev, lat = (
-            kind(*(next(numbers) for _ in kind._fields)) for kind in (AdamScalars, Levels, Lattice)
-        )
+        first, second, end = np.cumsum([len(x._fields) for x in (AdamScalars, Levels, Lattice)])
+        scalars, lev = AdamScalars._make(numbers[:first]), Levels._make(numbers[first:second])
+        lat, codes = Lattice._make(numbers[second:end]), Codes._make(codes)
         return update_block(
-            self.rule, scalars, g, Codes(*codes), valid, lev, lat, noise, turn, Ops(row=row)
+            self.rule, scalars, g, codes, valid, lev, lat, noise, turn, Ops(row=row)
         )
 
 
@@ -67,15 +66,17 @@ def step(
         if apply is not None:
             floats += [apply.rate, apply.decay[i]]
         numbers = tpu.Numbers(
-            jnp.int32(layout.first_tile[i] // tpu.CHUNK),
-            *(offsets[slot] for slot in (mu, nu)),
-            *(plan.widths[slot] for slot in (mu, nu)),
-            count % GROUP,
-            keys_of(storage.seed, jnp.int32(i), count),
-            jnp.stack([jnp.float32(x) for x in floats]),
+            first_chunk=jnp.int32(layout.first_tile[i] // tpu.CHUNK),
+            mu_row=offsets[mu],
+            nu_row=offsets[nu],
+            mu_width=plan.widths[mu],
+            nu_width=plan.widths[nu],
+            turn=count % GROUP,
+            keys=keys_of(storage.seed, jnp.int32(i), count),
+            floats=jnp.stack([jnp.float32(x) for x in floats]),
         )
         chunks = tpu.Chunks.of(leaf)
-        param: Any = None if apply is None else apply.params[i]
+        param = apply.params[i] if apply else None
         result, stored, terms = tpu.update_leaf(
             Body(rule),
             chunks,
@@ -83,7 +84,7 @@ def step(
             chunks.matrix(g, leaf),
             stored,
             None if param is None else chunks.matrix(param, leaf),
-            stochastic=apply is not None and apply.rounds(param),
+            stochastic=bool(apply and apply.rounds(apply.params[i])),
             interpret=storage.interpret,
         )
         results.append(chunks.leaf(result, leaf))

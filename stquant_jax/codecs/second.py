@@ -186,7 +186,8 @@ def grown(
     before = jnp.where(was_dead, count, before)
     octaves = 0.5 * log2(jnp.maximum(energy, TINY) / jnp.maximum(before, TINY))
     log_mean = log2(jnp.clip(energy / count, TINY, 2.0**127))
-    return Growth(*ops.hold((octaves, log_mean, present)), finite, dead)
+    octaves, log_mean, present = ops.hold((octaves, log_mean, present))
+    return Growth(octaves, log_mean, present, finite, dead)
 
 
 def drift_of(v: jax.Array, root: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def test_lowering(backend):
 
 
 def test_choice(monkeypatch):
-    """Where there is a TPU it is the kernels that run there, and XLA where else it is lowered for."""
+    """Where there is a TPU the kernels run there, and XLA where else it is lowered for."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     grads = common.zeros({**SHAPES, "bands": (60, 248)})  # four tiles, and four more to align
     tx = optimizer()
