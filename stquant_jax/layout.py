@@ -63,6 +63,16 @@ class Storage:
                 f"Storage(backend={self.backend!r}): expected None, 'xla', 'pallas_tpu' or "
                 "'pallas_gpu'"
             )
+        if not isinstance(self.interpret, bool) and not hasattr(self.interpret, "detect_races"):
+            raise ValueError(
+                f"Storage(interpret={self.interpret!r}): expected True, False or the parameters of "
+                "an interpreter"
+            )
+        if self.interpret and self.backend not in ("pallas_tpu", "pallas_gpu"):
+            raise ValueError(
+                f"Storage(interpret={self.interpret!r}) with backend={self.backend!r}: expected "
+                "backend='pallas_tpu' or 'pallas_gpu', there is nothing else to interpret"
+            )
 
 
 @dataclass(frozen=True)

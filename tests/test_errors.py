@@ -56,8 +56,13 @@ ARGUMENTS = [
     (lambda: scale_by_adam_q(b1=jnp.ones(2)), "b1 has shape (2,)", "scalar"),
     (lambda: scale_by_adam_q(precision=5.0), "precision=5.0", "stquant.Budget"),
     (lambda: scale_by_adam_q(storage="xla"), "storage='xla'", "stquant.Storage"),
-    (lambda: scale_by_adam_q(storage=Storage(backend="pallas_tpu")), "pallas_tpu", "'xla'"),
-    (lambda: scale_by_adam_q(storage=Storage(backend="pallas_gpu")), "pallas_gpu", "'xla'"),
+    (
+        lambda: scale_by_adam_q(storage=Storage(backend="pallas_tpu", row_alignment=4)),
+        "row_alignment=4",
+        "multiple of 8",
+    ),
+    (lambda: Storage(interpret=True), "interpret=True", "'pallas_tpu' or 'pallas_gpu'"),
+    (lambda: Storage(backend="pallas_tpu", interpret="yes"), "interpret='yes'", "True"),
     (lambda: stquant.adamw(1e-3, b1=2.0), "b1=2.0", "0 <= b1 < 1"),
     (lambda: stquant.plan(PARAMS, precision=4), "precision=4", "stquant.Fixed"),
     (lambda: stquant.plan(PARAMS, Budget(0.5)), "bits=0.5", "smallest budget that fits"),
@@ -170,3 +175,9 @@ def test_low_precision_hyperparameters():
     tx = optax.inject_hyperparams(stquant.adamw)(1e-3, precision=Fixed(5, 4))
     with pytest.raises(ValueError, match="hyperparam_dtype=jnp.float32"):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this JAX has what the kernels need")
+def test_gpu_kernels_need_a_newer_jax():
+    with pytest.raises(ValueError, match="pallas_gpu.*cannot run.*jax 0.11.*'xla'"):
+        scale_by_adam_q(storage=Storage(backend="pallas_gpu"))

@@ -1,5 +1,7 @@
 """Polynomials on bits within their bounds; hashes, and what is made of them, uniform."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stquant_jax.noise import dither
+from stquant_jax.noise import dither, keys_of
 from stquant_jax.numerics import TINY, exp2, hash32, log2, to_code, to_float
 from tests import oracle_storage
 
@@ -82,10 +84,14 @@ def test_hash_avalanche():
 
 
 def noise(seed=0, leaf=0, step=1, groups=4096):
-    draw = jax.jit(dither, static_argnums=0)
     group = jnp.arange(groups, dtype=jnp.uint32)[None]
     element = jnp.arange(32, dtype=jnp.uint32)[:, None]
     return draw(seed, jnp.int32(leaf), jnp.int32(step), group, element)
+
+
+@partial(jax.jit, static_argnums=0)
+def draw(seed, leaf, step, group, element):
+    return dither(keys_of(seed, leaf, step), group, element)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])

@@ -484,7 +484,7 @@ ARGUMENTS = [
     (lambda: scale_by_solo(storage="xla"), "storage='xla'", "stquant.Storage"),
     (lambda: scale_by_solo(storage=Storage(backend="pallas_tpu")), "pallas_tpu", "'xla'"),
     (lambda: scale_by_solo(storage=Storage(backend="pallas_gpu")), "pallas_gpu", "'xla'"),
-    (lambda: scale_by_solo(storage=Storage(row_alignment=8)), "row_alignment=8", "expected 1"),
+    (lambda: scale_by_solo(storage=Storage(row_alignment=8)), "row_alignment=8", "expected None"),
     (lambda: solo_adamw(1e-3, bits=(8, 8)), "bits=(8, 8)", "2, 3 or 4"),
     (lambda: solo_momentum(9), "bits=9", "from 2 to 8"),
     (lambda: solo_momentum(4, reference_bits=1), "reference_bits=1", "from 2 to 8"),
