@@ -142,10 +142,25 @@ def arithmetic_table() -> str:
     return _table(["GPU kernel", "instructions per element", "cycles per tile", "H100, ms"], body)
 
 
+def programs_table() -> str:
+    """What the TPU's programs cost before they run, as `benchmarks.aot` found."""
+    body = []
+    for model, chips in _io.read_json(_io.RESULTS / "aot.json")["programs"].items():
+        for chip, x in chips.items():
+            seconds = [f"{x[name]:.1f}" for name in ("lower_s", "compile_s")]
+            code = f"{x['code_bytes'] / 1e6:.1f}"
+            temporaries, copies = f"{x['temporaries']:.3f}", str(x["arena_copies"])
+            kernels = [str(x[name]) for name in ("leaves", "kernels")]
+            body.append([model, chip, *kernels, *seconds, code, temporaries, copies])
+    header = ["model", "chip", "leaves", "kernels", "lower, s", "compile, s", "code, MB"]
+    return _table([*header, "temporaries / gradients", "arena copies"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bytes": bytes_table,
     "times": time_table,
     "arithmetic": arithmetic_table,
+    "programs": programs_table,
 }
 
 
