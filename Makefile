@@ -6,7 +6,7 @@ VENV ?= .venv
 TESTS ?= # all
 BIN := $(VENV)/bin
 
-.PHONY: demo test aot lint clean
+.PHONY: demo test aot ptxas lint clean
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/examples.installed
@@ -18,6 +18,15 @@ test: $(VENV)/tests.installed
 
 # A large download, 700 MB on disk, by which `make test` also compiles for TPUs.
 aot: $(VENV)/aot.installed
+
+# The GPU kernels through Nvidia's assembler, without a GPU; Python 3.12 at least. CUDA=DIR has the
+# plugin already.
+CUDA ?= build/cuda
+ptxas: $(VENV)/benchmarks.installed
+	test -d $(CUDA) || { jax=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	    $(BIN)/pip install --quiet --no-deps --target $(CUDA) jax-cuda13-plugin==$$jax \
+	    jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc nvidia-cuda-nvdisasm; }
+	$(BIN)/python -m benchmarks.ptxas $(CUDA)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check

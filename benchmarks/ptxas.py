@@ -10,10 +10,9 @@ One leaf is compiled for an H100 by JAX's CUDA plugin. Measured of its kernel:
 The least that a tile can take follows: four schedulers issue one instruction each a cycle, and the
 special functions' pipe takes a warp's in two. No latency, no memory: a bound, not a forecast.
 
-The plugin is not for the environment that tests run in, so it goes elsewhere:
+The plugin is not for the environment that tests run in, so it goes elsewhere. `make ptxas
+PYTHON=python3.12 VENV=.venv-newest` fetches it and runs
 
-    pip install --no-deps --target build/cuda jax-cuda13-plugin==$JAX jax-cuda13-pjrt==$JAX \
-        nvidia-cuda-nvcc nvidia-cuda-nvdisasm
     python -m benchmarks.ptxas build/cuda
 """
 
