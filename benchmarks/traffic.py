@@ -14,10 +14,10 @@ from pathlib import Path
 
 from benchmarks import _io
 from benchmarks.shapes import SETS, size
+from stquant_jax.layout import TILE
+from stquant_jax.planes import GROUP
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
-GROUP, TILE_LANES = 32, 128
-TILE = GROUP * TILE_LANES
 BACKENDS = {"xla": "XLA loop", "pallas_tpu": "TPU kernel", "pallas_gpu": "GPU kernel"}
 ADAM = 4 + 4  # m and v in float32
 DTYPES = {4: "float32", 2: "bfloat16"}

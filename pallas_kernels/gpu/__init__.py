@@ -1,6 +1,6 @@
 """The optimizer step on Nvidia GPUs from Hopper on: Mosaic kernels."""
 
-from pallas_kernels.gpu.calls import Tables, update
-from pallas_kernels.gpu.geometry import Stored
+from pallas_kernels.gpu.calls import update
+from pallas_kernels.leaves import Tables
 
-__all__ = ["Stored", "Tables", "update"]
+__all__ = ["Tables", "update"]

@@ -1,77 +1,24 @@
 """One kernel per quantized leaf, everything that is stored updated in place.
 
-Leaves of one geometry share one traced and lowered function: what differs between them, and from
-step to step, are numbers in three small tables.
+Leaves of one geometry share one traced and lowered function.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import floor
-from pallas_kernels.gpu.geometry import Geometry, Scalars, Scratch, Stored
+from pallas_kernels.gpu.geometry import Geometry, Scratch
 from pallas_kernels.gpu.kernel import Terms, update_tile
 from pallas_kernels.gpu.lanes import COMPILER_PARAMS
+from pallas_kernels.leaves import SUMS, Tables, leaf_of, matrix_of
 from stquant_jax.apply import Apply
-from stquant_jax.codecs import Lattice, Levels
-from stquant_jax.layout import Layout, Leaf, Storage, from_tiles, to_tiles
-from stquant_jax.noise import Keys, keys_of
-from stquant_jax.planes import GROUP, LANES
-from stquant_jax.rules import Adam, AdamScalars
-
-SUMS = 16  # statistics of a tile, or fewer
-
-
-class Tables(NamedTuple):
-    """`Scalars` of all leaves, a row for each."""
-
-    whole: jax.Array  # int32[leaves, 6]
-    keys: jax.Array  # uint32[leaves, 5]
-    real: jax.Array  # float32[leaves, 17]
-
-    @classmethod
-    def of(
-        cls,
-        layout: Layout,
-        storage: Storage,
-        scalars: AdamScalars,
-        count: jax.Array,
-        offsets: jax.Array,
-        widths: jax.Array,
-        lev: Levels,
-        lat: Lattice,
-        rate: jax.Array | float = 0.0,
-        decay: jax.Array | float = 0.0,
-    ) -> "Tables":
-        """Offsets and widths are of slots, levels, lattice and decay of leaves."""
-        leaves = jnp.arange(len(layout.quantized), dtype=jnp.int32)
-        mu, nu = slice(0, None, 2), slice(1, None, 2)
-        spans = offsets[mu], widths[mu], offsets[nu], widths[nu]
-        keys = jax.vmap(lambda leaf: keys_of(storage.seed, leaf, count))(leaves)
-
-        def table(values, dtype):
-            columns = (jnp.broadcast_to(jnp.asarray(x, dtype), leaves.shape) for x in values)
-            return jnp.stack(list(columns), axis=1)
-
-        return cls(
-            table((count % GROUP, *spans, jnp.array(layout.first_tile)), jnp.int32),
-            table(keys, jnp.uint32),
-            table((*scalars, *lev, *lat, rate, decay), jnp.float32),
-        )
-
-    def row(self, leaf: jax.Array) -> Scalars:
-        """One leaf's, in the kernel, where the tables are references."""
-        numbers: Any = iter(table[leaf, k] for table in self for k in range(table.shape[1]))
-
-        def take(like):
-            return like(*(next(numbers) for _ in like._fields))
-
-        whole = [next(numbers) for _ in range(self.whole.shape[1])]
-        parts = [take(like) for like in (Keys, AdamScalars, Levels, Lattice)]
-        return Scalars(*whole, *parts, *numbers)
+from stquant_jax.arena import Packed
+from stquant_jax.layout import Layout
+from stquant_jax.rules import Adam
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -83,8 +30,8 @@ def _update_leaf(
     tables: Tables,
     gradients: jax.Array,
     params: jax.Array | None,
-    stored: Stored,
-) -> tuple[jax.Array, Stored, jax.Array]:
+    stored: Packed,
+) -> tuple[jax.Array, Packed, jax.Array]:
     """Updates of a leaf's matrix or its new parameters, what is stored of all leaves, and sums."""
 
     def body(leaf, whole, keys, real, gradients, *refs):
@@ -116,10 +63,10 @@ def update(
     terms: Terms,
     tables: Tables,
     grads: list[jax.Array],
-    stored: Stored,
+    stored: Packed,
     apply: Apply | None = None,
     interpret: Any = False,
-) -> tuple[list[jax.Array], Stored, list[jax.Array]]:
+) -> tuple[list[jax.Array], Packed, list[jax.Array]]:
     """One update of all quantized leaves.
 
     Args:
@@ -146,17 +93,10 @@ def update(
             interpret or None,
             jnp.full(1, i, jnp.int32),
             tables,
-            _matrix(g, leaf, geometry),
-            None if p is None else _matrix(p, leaf, geometry),
+            matrix_of(g, leaf, geometry.staged),
+            None if p is None else matrix_of(p, leaf, geometry.staged),
             stored,
         )
-        if geometry.staged:
-            x = from_tiles(x.reshape(-1, GROUP, LANES), leaf)
-        results.append(x.reshape(leaf.shape))
+        results.append(leaf_of(x, leaf, geometry.staged))
         sums.append(part)
     return results, stored, sums
-
-
-def _matrix(x: jax.Array, leaf: Leaf, geometry: Geometry) -> jax.Array:
-    """A leaf as its kernel takes it."""
-    return to_tiles(x, leaf).reshape(-1, LANES) if geometry.staged else x.reshape(-1, x.shape[-1])

@@ -1,19 +1,16 @@
-"""What a kernel is given: static geometry, traced scalars, references, shared memory."""
+"""What a kernel is made for: static geometry, and the shared memory of a tile."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.windows import ALIGNMENT, Window
-from stquant_jax.codecs import Lattice, Levels
 from stquant_jax.layout import Leaf
-from stquant_jax.noise import Keys
 from stquant_jax.places import Place
 from stquant_jax.planes import GROUP, LANES, PLANES
-from stquant_jax.rules import Adam, AdamScalars
+from stquant_jax.rules import Adam
 
 
 @dataclass(frozen=True)
@@ -58,32 +55,6 @@ class Geometry:
             windows[1] if len(windows) > 1 else None,
             rounds,
         )
-
-
-class Scalars(NamedTuple):
-    """Traced numbers of a leaf."""
-
-    turn: jax.Array  # int32: the row that moves
-    mu_first: jax.Array
-    mu_width: jax.Array
-    nu_first: jax.Array
-    nu_width: jax.Array
-    first_tile: jax.Array
-    keys: Keys
-    rule: AdamScalars
-    lev: Levels
-    lat: Lattice
-    rate: jax.Array  # minus the learning rate
-    decay: jax.Array
-
-
-class Stored(NamedTuple):
-    """What is stored of all leaves, updated in place."""
-
-    arena: Any  # uint32[rows, 128]
-    mu_scale: Any  # uint8[tiles, 128]
-    nu_scale: Any  # uint16[tiles, 128]
-    nu_row: Any  # uint8[tiles * 32]
 
 
 class Scratch(NamedTuple):

@@ -19,9 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import words
 from pallas_kernels.gpu.folding import QUARTERS, fold
-from pallas_kernels.gpu.geometry import Geometry, Scalars, Scratch, Stored
+from pallas_kernels.gpu.geometry import Geometry, Scratch
 from pallas_kernels.gpu.lanes import lane_index, meet, vector
+from pallas_kernels.leaves import Scalars
 from stquant_jax.apply import apply_block
+from stquant_jax.arena import Span
 from stquant_jax.codecs import Second, decode_first, decode_second
 from stquant_jax.codecs.first import decoded_scale, gain_of, length_of, level_of, quantized
 from stquant_jax.codecs.second import (
@@ -52,7 +54,7 @@ def update_tile(
     gradients: Any,
     out: Any,
     sums: Any,
-    stored: Stored,
+    stored: Any,  # `Packed` of references
     scratch: Scratch,
 ) -> None:
     """Decode, rule, encode: the tile of this block of the grid.
@@ -85,7 +87,7 @@ def update_tile(
 class Tile:
     """The passes over a tile, in their order."""
 
-    def __init__(self, geometry: Geometry, s: Scalars, stored: Stored, scratch: Scratch):
+    def __init__(self, geometry: Geometry, s: Scalars, stored: Any, scratch: Scratch):
         self.geometry, self.s, self.stored, self.scratch = geometry, s, stored, scratch
         tile = lax.axis_index("tile")
         self.lane = lane_index()
@@ -97,8 +99,8 @@ class Tile:
         self.coins = self.noise(jnp.int32(0), self.group)
         self.tile, self.at = tile, s.first_tile + tile
         stride = jnp.int32(geometry.tiles)
-        self.mu_slot = words.Slot(s.mu_first + tile, s.mu_width, stride)
-        self.nu_slot = words.Slot(s.nu_first + tile, s.nu_width, stride)
+        self.mu_slot = Span(s.mu_first + tile, s.mu_width, stride)
+        self.nu_slot = Span(s.nu_first + tile, s.nu_width, stride)
 
     @property
     def corner(self) -> tuple[jax.Array, jax.Array]:

@@ -3,25 +3,18 @@ r + 24, one a byte. Turned over, by three butterfly stages in registers, they ar
 the arena.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu.folding import QUARTERS
+from stquant_jax.arena import Span
 from stquant_jax.planes import PLANES, transpose8x8
 
 
-class Slot(NamedTuple):
-    """Where a tile's planes lie in the arena; traced scalars."""
-
-    first: jax.Array  # row of plane 0 of this tile
-    width: jax.Array  # planes
-    stride: jax.Array  # rows from plane to plane
-
-
-def load(arena: Any, slot: Slot, home: jax.Array, words: Any) -> None:
+def load(arena: Any, slot: Span, home: jax.Array, words: Any) -> None:
     """Planes to words, zeros above the width.
 
     All eight rows are asked for at once, in place of one after the other as the width says; what is
@@ -36,7 +29,7 @@ def load(arena: Any, slot: Slot, home: jax.Array, words: Any) -> None:
         words[r] = word
 
 
-def store(arena: Any, slot: Slot, words: Any) -> None:
+def store(arena: Any, slot: Span, words: Any) -> None:
     """Words to planes, as many as the width says. The words in shared memory are lost."""
     for p, plane in enumerate(transpose8x8([words[r] for r in range(PLANES)])):
         words[p] = plane

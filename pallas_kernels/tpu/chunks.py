@@ -7,10 +7,9 @@ the eight rows of each plane are one.
 
 from dataclasses import dataclass
 
-import jax
 from jax.experimental import pallas as pl
 
-from stquant_jax.layout import Leaf, from_tiles, to_tiles
+from stquant_jax.layout import Leaf
 from stquant_jax.places import Place
 from stquant_jax.planes import GROUP, LANES
 
@@ -28,7 +27,7 @@ class Chunks:
 
     place: Place
     ragged: bool
-    direct: bool
+    staged: bool  # the leaf comes as a matrix [tiles * 32, 128], tile below tile
     transposed: bool
     bands: int  # of the matrix that the kernel sees, a multiple of eight
     lane_tiles: int
@@ -37,12 +36,12 @@ class Chunks:
 
     @classmethod
     def of(cls, leaf: Leaf) -> "Chunks":
-        direct = leaf.kind == "tiled" and leaf.bands % CHUNK == 0
-        if direct:
-            matrix = leaf.bands, leaf.lane_tiles, leaf.groups_along, leaf.lanes_along
-        else:
+        staged = leaf.kind != "tiled" or leaf.bands % CHUNK != 0
+        if staged:
             matrix = leaf.tiles, 1, leaf.tiles * GROUP, LANES
-        return cls(Place.of(leaf), leaf.ragged, direct, direct and leaf.transposed, *matrix)
+        else:
+            matrix = leaf.bands, leaf.lane_tiles, leaf.groups_along, leaf.lanes_along
+        return cls(Place.of(leaf), leaf.ragged, staged, leaf.transposed and not staged, *matrix)
 
     @property
     def tiles(self) -> int:
@@ -63,13 +62,3 @@ class Chunks:
         if self.transposed:
             return pl.BlockSpec((LANES, ROWS), lambda lane_tile, i, *_: (lane_tile, i))
         return pl.BlockSpec((ROWS, LANES), lambda lane_tile, i, *_: (i, lane_tile))
-
-    def matrix(self, x: jax.Array, leaf: Leaf) -> jax.Array:
-        """A leaf as the kernel sees it."""
-        return x.reshape(-1, x.shape[-1]) if self.direct else to_tiles(x, leaf).reshape(-1, LANES)
-
-    def leaf(self, matrix: jax.Array, leaf: Leaf) -> jax.Array:
-        """`matrix` undone."""
-        if self.direct:
-            return matrix.reshape(leaf.shape)
-        return from_tiles(matrix.reshape(-1, GROUP, LANES), leaf)

@@ -7,7 +7,7 @@ stored arrays are updated in place.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.leaves import SUMS, Scalars, Tables
 from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
 from pallas_kernels.tpu.planes import (
     BUFFER,
@@ -26,74 +27,43 @@ from pallas_kernels.tpu.planes import (
     words_of_tile,
 )
 from stquant_jax.apply import apply_block
-from stquant_jax.noise import Keys, dither, rounding_bits
+from stquant_jax.arena import Packed
+from stquant_jax.noise import dither, rounding_bits
 from stquant_jax.planes import GROUP, LANES, codes_of, words_of
 
 # A byte of mu's scales is stored in tiles of 32 rows, four chunks': they come and go together.
 _BYTES = 32
-_SUMS = 16  # rows of the block that takes the statistics, of which there are fewer
 _PICKS = 16  # places for blocks of which a row at a traced index is wanted
-
-
-class Buffers(NamedTuple):
-    """What is stored of all leaves, as the kernels see it."""
-
-    arena: jax.Array  # uint32[rows, 128]
-    mu_scale: jax.Array  # uint8[tiles, 128]
-    nu_scale: jax.Array  # uint16[tiles, 128]
-    nu_row: jax.Array  # int32[chunks, 1, 256]
-
-
-class Numbers(NamedTuple):
-    """Scalars of a leaf and a step, in SMEM."""
-
-    first_chunk: jax.Array
-    mu_row: jax.Array  # first row of mu's slot in the arena
-    nu_row: jax.Array
-    mu_width: jax.Array
-    nu_width: jax.Array
-    turn: jax.Array
-    keys: Keys
-    floats: Any  # float32[...] or a list: the rule's and the codecs', for the body; rate and decay
-
-    def pack(self) -> tuple[jax.Array, jax.Array]:
-        keys = [lax.bitcast_convert_type(key, jnp.int32) for key in self.keys]
-        return jnp.stack([*self[:6], *keys]).astype(jnp.int32), self.floats
-
-    @classmethod
-    def unpack(cls, ints: Any, floats: Any, count: int) -> "Numbers":
-        keys = [lax.bitcast_convert_type(ints[6 + i], jnp.uint32) for i in range(len(Keys._fields))]
-        whole = {name: ints[i] for i, name in enumerate(cls._fields[:6])}
-        return cls(**whole, keys=Keys(*keys), floats=[floats[i] for i in range(count)])
 
 
 @partial(jax.jit, static_argnames=("body", "chunks", "stochastic", "interpret"))
 def update_leaf(
     body: Callable,
     chunks: Chunks,
-    numbers: Numbers,
+    numbers: Tables,
     g: jax.Array,
-    stored: Buffers,
+    stored: Packed,
     params: jax.Array | None = None,
     stochastic: bool = False,
     interpret: Any = False,
-) -> tuple[jax.Array, Buffers, jax.Array]:
+) -> tuple[jax.Array, Packed, jax.Array]:
     """One leaf's update, as `Chunks.matrix` lays it out.
 
     Args:
-      body: ``body(floats, g, codes, valid, noise, turn, row) -> (update, codes, terms)``, where
-        codes are (mu, nu, mu_scale, nu_scale, nu_row), uint32; ``row(block, turn)`` picks a row.
-      params: with them the result holds new parameters in place of the update; the last two floats
-        are rate and decay. ``stochastic``: their rounding to bfloat16.
+      body: ``body(scalars, g, codes, valid, noise, row) -> (update, codes, terms)``, where codes
+        are (mu, nu, mu_scale, nu_scale, nu_row), uint32; ``row(block, turn)`` picks a row.
+      numbers: the leaf's row of each table.
+      stored: of all leaves, but rows of nu as int32[chunks, 1, 256].
+      params: with them the result holds new parameters in place of the update. ``stochastic``:
+        their rounding to bfloat16.
 
     Returns:
       The update, what is stored, and the sum of terms over tiles, float32[terms, 128].
     """
-    ints, floats = numbers.pack()
     steps = chunks.grid[1]
 
-    def chunk_of(lane_tile, i, ints, _):
-        return ints[0] + lane_tile * steps + i
+    def chunk_of(lane_tile, i, *tables):
+        return lax.div(Tables(*tables).row(0).first_tile, CHUNK) + lane_tile * steps + i
 
     def by_chunk(*block):
         return pl.BlockSpec(block, lambda *at: (chunk_of(*at), *[0] * (len(block) - 1)))
@@ -115,17 +85,17 @@ def update_leaf(
 
     block = pltpu.VMEM((ROWS, LANES), jnp.float32)
     update, *stored_, sums = pl.pallas_call(
-        partial(_kernel, body, chunks, floats.size, stochastic, params is not None),
+        partial(_kernel, body, chunks, stochastic, params is not None),
         out_shape=[
             like(matrices[-1]),
             *map(like, stored),
-            like(jax.ShapeDtypeStruct((_SUMS, LANES), jnp.float32)),
+            like(jax.ShapeDtypeStruct((SUMS, LANES), jnp.float32)),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(numbers),
             grid=chunks.grid,
             in_specs=[*[chunks.block] * len(matrices), *spaces],
-            out_specs=[chunks.block, *spaces, pl.BlockSpec((_SUMS, LANES), lambda *_: (0, 0))],
+            out_specs=[chunks.block, *spaces, pl.BlockSpec((SUMS, LANES), lambda *_: (0, 0))],
             scratch_shapes=[
                 *(BUFFER, SEMAPHORES, BUFFER, SEMAPHORES, WORDS),
                 block,  # gradients in, updates out
@@ -138,18 +108,17 @@ def update_leaf(
         ),
         # The result takes the place of what it replaces: gradients are rarely used again.
         input_output_aliases={
-            1 + len(matrices): 0,
-            **{2 + len(matrices) + i: 1 + i for i in range(len(stored))},
+            len(numbers) + len(matrices) - 1: 0,
+            **{len(numbers) + len(matrices) + i: 1 + i for i in range(len(stored))},
         },
         interpret=interpret,
         name="stquant_update",
-    )(ints, floats, *matrices, *stored)
-    return update, Buffers(*stored_), sums
+    )(*numbers, *matrices, *stored)
+    return update, Packed(*stored_), sums
 
 
-def _kernel(body, chunks, floats, stochastic, applied, int_ref, float_ref, *refs):
-    numbers = Numbers.unpack(int_ref, float_ref, floats)
-    g_in, refs = refs[0], refs[1:]
+def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
+    s = Tables(whole, keys, real).row(0)
     params_in, refs = (refs[0], refs[1:]) if applied else (None, refs)
     _, mu_scale_in, nu_scale_in, nu_row_in, *refs = refs
     out, arena, mu_scale_out, nu_scale_out, nu_row_out, sums, *refs = refs
@@ -158,8 +127,7 @@ def _kernel(body, chunks, floats, stochastic, applied, int_ref, float_ref, *refs
     lane_tile, i = pl.program_id(0), pl.program_id(1)
     chunk = lane_tile * chunks.grid[1] + i  # of the leaf
     last = chunks.tiles // CHUNK - 1
-    first = numbers.mu_row, numbers.nu_row
-    widths = numbers.mu_width, numbers.nu_width
+    first, widths = (s.mu_first, s.nu_first), (s.mu_width, s.nu_width)
     reads = Copies(arena, read, read_sem, first, widths, chunks.tiles, inward=True)
     writes = Copies(arena, write, write_sem, first, widths, chunks.tiles, inward=False)
 
@@ -172,7 +140,7 @@ def _kernel(body, chunks, floats, stochastic, applied, int_ref, float_ref, *refs
     def _():
         reads.start(chunk + 1)
 
-    quarter = lax.rem(numbers.first_chunk + chunk, _BYTES // CHUNK)
+    quarter = lax.rem(lax.div(s.first_tile, CHUNK) + chunk, _BYTES // CHUNK)
 
     @pl.when((chunk == 0) | (quarter == 0))
     def _():
@@ -197,24 +165,18 @@ def _kernel(body, chunks, floats, stochastic, applied, int_ref, float_ref, *refs
         )
         group, valid, element = _places(chunks, chunk * CHUNK + k)
         update, new, terms = body(
-            numbers.floats,
-            data[here],
-            codes,
-            valid,
-            dither(numbers.keys, group, element),
-            numbers.turn,
-            _picker(picks),
+            s, data[here], codes, valid, dither(s.keys, group, element), _picker(picks)
         )
         if applied:
-            bits = rounding_bits(numbers.keys, group, element) if stochastic else None
+            bits = rounding_bits(s.keys, group, element) if stochastic else None
             # The rounding to the parameters' dtype comes with the store.
-            update = _apply(params[here], update, numbers.floats[-2:], bits)
+            update = _apply(params[here], update, s, bits)
         data[here] = update
         for moment in range(2):
             words.at[moment][words_of_tile(k)] = words_of(new[moment])
         mu_scale[at_mu], nu_scale[at_nu], rows[here] = (_signed(x) for x in new[2:])
-        for s, term in enumerate(terms):
-            sums[s : s + 1] += term
+        for i, term in enumerate(terms):
+            sums[i : i + 1] += term
 
     @pl.when(chunk >= 2)
     def _():
@@ -270,10 +232,9 @@ def _picker(picks: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return row
 
 
-def _apply(p: jax.Array, update: jax.Array, floats: list, bits: jax.Array | None) -> jax.Array:
-    rate, decay = floats
+def _apply(p: jax.Array, update: jax.Array, s: Scalars, bits: jax.Array | None) -> jax.Array:
     p = p if bits is None else p.astype(jnp.bfloat16)
-    new = apply_block(p, update, rate, decay, bits)
+    new = apply_block(p, update, s.rate, s.decay, bits)
     return new.astype(jnp.float32)
 
 

@@ -16,8 +16,8 @@ from stquant_jax.backends import xla
 from stquant_jax.layout import Storage
 
 _ALIGNMENT = {"xla": 1, "pallas_tpu": 8, "pallas_gpu": 1}
-# Kernels of a platform, and what `jax.lax.platform_dependent` calls it.
-_KERNELS = {"tpu": ("pallas_tpu", "tpu"), "gpu": ("pallas_gpu", "cuda")}
+_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # of a platform
+_LOWERED = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}  # by `jax.lax.platform_dependent`'s names
 
 
 def settle(storage: Storage) -> Storage:
@@ -46,16 +46,14 @@ def resolve(storage: Storage) -> Callable:
       ValueError: a named backend cannot run.
     """
     if storage.backend:
-        settled = settle(storage)
-        return _step_of(settled.backend)
+        return _step_of(settle(storage).backend)
 
     def step(*args: Any) -> Any:
         name = _best()
         if name == "xla":
             return xla.step(*args)
-        platform = next(key for kernels, key in _KERNELS.values() if kernels == name)
-        branches = {platform: lambda: _step_of(name)(*args), "default": lambda: xla.step(*args)}
-        return jax.lax.platform_dependent(**branches)
+        kernels = {_LOWERED[name]: lambda: _step_of(name)(*args)}
+        return jax.lax.platform_dependent(**kernels, default=lambda: xla.step(*args))
 
     return step
 
@@ -66,7 +64,7 @@ def _step_of(name: str | None) -> Callable:
 
 def _best() -> str:
     """The backend for the default platform."""
-    name, _ = _KERNELS.get(jax.default_backend(), ("xla", ""))
+    name = _KERNELS.get(jax.default_backend(), "xla")
     if name == "xla" or _obstacle(name) or (name == "pallas_gpu" and _too_old()):
         return "xla"
     return name

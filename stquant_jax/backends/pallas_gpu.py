@@ -52,13 +52,13 @@ def step(
         *slot_numbers(plan),
         *((apply.rate, apply.decay) if apply else ()),
     )
-    updates, stored, tile_sums = gpu.update(
+    updates, packed, tile_sums = gpu.update(
         layout,
         rule,
         _terms,
         tables,
         kept,
-        gpu.Stored(*packed),
+        packed,
         apply if inside else None,
         storage.interpret,
     )
@@ -67,4 +67,4 @@ def step(
     elif not inside:
         updates = apply_quantized(layout, storage, count, updates, apply)
     sums = jnp.stack([jnp.sum(part[:, : len(Sums._fields)], axis=0) for part in tile_sums])
-    return updates, rows.Packed(*stored), Sums(*sums.T)
+    return updates, packed, Sums(*sums.T)
