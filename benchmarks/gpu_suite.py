@@ -95,9 +95,14 @@ def in_process(name: str, seconds: float, record: dict[str, Any]) -> Iterator[di
             env=environment,
             cwd=Path(__file__).parent.parent,
         )
-        timer = threading.Timer(seconds, worker.kill)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            worker.kill()
+
+        timer = threading.Timer(seconds, stop)
         timer.start()
-        start = time.monotonic()
         with worker:
             assert worker.stdout
             for line in worker.stdout:
@@ -105,9 +110,8 @@ def in_process(name: str, seconds: float, record: dict[str, Any]) -> Iterator[di
                     yield json.loads(line)["row"]
         timer.cancel()
         if worker.returncode:
-            late = time.monotonic() - start >= seconds
             limit = f"stopped at its limit of {seconds:.0f} s"
-            record["ended"] = limit if late else f"failed with code {worker.returncode}"
+            record["ended"] = limit if late.is_set() else f"failed with code {worker.returncode}"
             told.seek(0)
             record["told"] = told.read()[-3000:]
 
