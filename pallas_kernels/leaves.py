@@ -86,7 +86,7 @@ class Tables(NamedTuple):
 
 def matrix_of(x: jax.Array, leaf: Leaf, staged: bool) -> jax.Array:
     """A leaf as its kernel sees it: as it is, or tile below tile, [tiles * 32, 128]."""
-    return to_tiles(x, leaf).reshape(-1, LANES) if staged else x.reshape(-1, x.shape[-1])
+    return to_tiles(x, leaf).reshape(-1, LANES) if staged else x.reshape(leaf.matrix)
 
 
 def leaf_of(matrix: jax.Array, leaf: Leaf, staged: bool) -> jax.Array:

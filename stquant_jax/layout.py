@@ -1,7 +1,9 @@
 """Geometry: how a leaf becomes tiles of 32 x 128 elements, and where its tiles lie.
 
-A leaf is seen as a matrix [rows, columns], leading axes folded into the rows. Groups run along the
-shorter of the two axes (ties: along the rows), lanes along the longer: token and vocabulary axes
+A leaf is seen as a matrix [rows, columns], its leading axes folded into the rows and the others into
+the columns, where the matrix comes out nearest to a square: a kernel [features, heads, head size]
+has a column for each head's each feature. Groups run along the
+shorter of the two sides (ties: along the rows), lanes along the longer: token and vocabulary axes
 never fall inside a group, and a sharding that cuts an axis in multiples of the tile leaves every
 group whole. Where padding would waste more than 1/8, the bands of 32 are folded: laid side by side
 along the lanes, so that only the end is padded. Where the group axis does not divide into groups,
@@ -89,6 +91,7 @@ class Leaf:
     dtype: Any
     kind: str  # "tiled", "folded", "flat" or "exact"
     reason: str
+    split: int = 0  # axes that are folded into the rows
     groups_along: int = 0  # elements along the group axis, unpadded
     lanes_along: int = 0  # groups side by side, unpadded; folded or flat, all of the leaf's groups
     transposed: bool = False  # the group axis is the last one
@@ -97,6 +100,11 @@ class Leaf:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return math.prod(self.shape[: self.split]), math.prod(self.shape[self.split :])
 
     @property
     def ragged(self) -> bool:
@@ -206,7 +214,8 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
             path, shape, dtype, "exact", f"{size} elements, fewer than min_size={storage.min_size}"
         )
 
-    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    split = _split(shape)
+    rows, columns = math.prod(shape[:split]), math.prod(shape[split:])
     transposed = columns < rows
     groups, lanes = (columns, rows) if transposed else (rows, columns)
     tiles = -(-groups // GROUP) * -(-lanes // LANES)
@@ -235,11 +244,18 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
         dtype,
         kind,
         reason,
+        split,
         groups,
         lanes,
         transposed,
         _align(tiles, storage.row_alignment or 1),
     )
+
+
+def _split(shape: tuple[int, ...]) -> int:
+    """How many axes make the rows: the matrix nearest to a square; of two, the one of more rows."""
+    splits = range(len(shape) - 1, 0, -1)
+    return min(splits, key=lambda k: max(math.prod(shape[:k]), math.prod(shape[k:])), default=0)
 
 
 def _align(n: int, alignment: int) -> int:
@@ -271,7 +287,7 @@ def _to_groups(x: jax.Array, leaf: Leaf) -> jax.Array:
         return (
             jnp.pad(x.reshape(-1), (0, leaf.lanes_along * GROUP - leaf.size)).reshape(-1, GROUP).T
         )
-    matrix = x.reshape(-1, leaf.shape[-1])
+    matrix = x.reshape(leaf.matrix)
     groups = matrix.T if leaf.transposed else matrix
     if leaf.kind == "folded":
         return groups.reshape(-1, GROUP, groups.shape[1]).swapaxes(0, 1).reshape(GROUP, -1)
@@ -282,8 +298,7 @@ def _from_groups(groups: jax.Array, leaf: Leaf) -> jax.Array:
     if leaf.kind == "flat":
         return groups.T.reshape(-1)[: leaf.size].reshape(leaf.shape)
     if leaf.kind == "folded":
-        columns = leaf.shape[-1]
-        lanes = leaf.size // columns if leaf.transposed else columns
+        lanes = leaf.matrix[not leaf.transposed]
         groups = groups.reshape(GROUP, -1, lanes).swapaxes(0, 1).reshape(-1, lanes)
     return (groups.T if leaf.transposed else groups).reshape(leaf.shape)
 

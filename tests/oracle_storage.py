@@ -46,13 +46,17 @@ class Place(NamedTuple):
 
 
 def place(shape: tuple[int, ...]) -> Place:
-    """The tiles of [rows, columns], groups along the shorter axis (ties: along the rows).
+    """The tiles of [rows, columns], groups along the shorter side (ties: along the rows).
+
+    Leading axes make the rows, the others the columns, so that the longer side is shortest (ties:
+    more axes in the rows).
 
     Where padding takes more than 1/8, bands of 32 lie side by side; where 32 does not divide the
     group axis, a group is 32 consecutive elements.
     """
     flat = np.arange(math.prod(shape))
-    matrix = flat.reshape(-1, shape[-1])
+    ways = [flat.reshape(math.prod(shape[:k]), -1) for k in range(1, len(shape))]
+    matrix = min(reversed(ways), key=lambda way: max(way.shape), default=flat[None])
     if matrix.shape[1] < matrix.shape[0]:
         matrix = matrix.T
     kind, (groups, lanes) = "tiled", matrix.shape

@@ -41,7 +41,7 @@ class Geometry:
         A leaf is updated where it is if its rows are aligned as the copy engine needs them.
         """
         dtypes = [jnp.dtype(x) for x in (gradients, params) if x is not None]
-        aligned = all(leaf.shape[-1] * dtype.itemsize % ALIGNMENT == 0 for dtype in dtypes)
+        aligned = all(leaf.matrix[1] * dtype.itemsize % ALIGNMENT == 0 for dtype in dtypes)
         staged = leaf.kind != "tiled" or not aligned
         windows = [Window(dtype, leaf.transposed and not staged) for dtype in dtypes]
         return cls(
