@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from stquant_jax.codecs import Lattice, Levels
 from stquant_jax.layout import Layout, Leaf, Storage, from_tiles, to_tiles
 from stquant_jax.noise import Keys, keys_of
+from stquant_jax.places import starts_of
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.rules import AdamScalars
 
@@ -27,6 +28,7 @@ class Scalars(NamedTuple):
     nu_first: jax.Array
     nu_width: jax.Array
     first_tile: jax.Array
+    start: jax.Array  # the first group, in the leaf on all devices
     keys: Keys
     rule: AdamScalars
     lev: Levels
@@ -38,7 +40,7 @@ class Scalars(NamedTuple):
 class Tables(NamedTuple):
     """`Scalars` of all leaves, a row for each."""
 
-    whole: jax.Array  # int32[leaves, 6]
+    whole: jax.Array  # int32[leaves, 7]
     keys: jax.Array  # uint32[leaves, 5]
     real: jax.Array  # float32[leaves, 17]
 
@@ -60,6 +62,7 @@ class Tables(NamedTuple):
         leaves = jnp.arange(len(layout.quantized), dtype=jnp.int32)
         mu, nu = slice(0, None, 2), slice(1, None, 2)
         spans = offsets[mu], widths[mu], offsets[nu], widths[nu]
+        first_tile, start = jnp.array(layout.first_tile), starts_of(layout.quantized)
         keys = jax.vmap(lambda leaf: keys_of(storage.seed, leaf, count))(leaves)
 
         def table(values, dtype):
@@ -67,7 +70,7 @@ class Tables(NamedTuple):
             return jnp.stack(list(columns), axis=1)
 
         return cls(
-            table((count % GROUP, *spans, jnp.array(layout.first_tile)), jnp.int32),
+            table((count % GROUP, *spans, first_tile, start), jnp.int32),
             table(keys, jnp.uint32),
             table((*scalars, *lev, *lat, rate, decay), jnp.float32),
         )

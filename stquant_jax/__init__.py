@@ -11,6 +11,7 @@ from stquant_jax.layout import Storage
 from stquant_jax.optimizers import adam, adamw
 from stquant_jax.precision import Budget, Fixed, Policy, STQuant
 from stquant_jax.resizing import resize
+from stquant_jax.sharding import Sharding
 from stquant_jax.solo import (
     ScaleBySoloState,
     scale_by_solo,
@@ -28,6 +29,7 @@ __all__ = [
     "STQuant",
     "ScaleByAdamQState",
     "ScaleBySoloState",
+    "Sharding",
     "Storage",
     "adam",
     "adamw",

@@ -11,7 +11,7 @@ import numpy as np
 
 from stquant_jax.layout import Layout, Storage, from_tiles
 from stquant_jax.noise import keys_of, rounding_bits
-from stquant_jax.places import Place
+from stquant_jax.places import Place, exact_elements, start_of
 from stquant_jax.planes import GROUP
 from stquant_jax.rounding import stochastic
 
@@ -69,7 +69,8 @@ def apply_quantized(
 
     def bits_of(index):
         leaf = layout.quantized[index]
-        group, _ = Place.of(leaf).of_tiles(jnp.int32(0), leaf.tiles, ragged=False)
+        place = Place.of(leaf, start_of(leaf.cut))
+        group, _ = place.of_tiles(jnp.int32(0), leaf.tiles, ragged=False)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
         return from_tiles(
             rounding_bits(keys_of(storage.seed, jnp.int32(index), count), group, element), leaf
@@ -85,7 +86,7 @@ def apply_exact(
     layout: Layout, storage: Storage, count: jax.Array, update: jax.Array, apply: Apply
 ) -> list[jax.Array]:
     """The exact leaves' new parameters. For the noise their vector is one more leaf, the last."""
-    group, element = jnp.divmod(jnp.arange(layout.exact_size, dtype=jnp.uint32), GROUP)
+    group, element = jnp.divmod(exact_elements(layout.exact), GROUP)
     bits = rounding_bits(
         keys_of(storage.seed, jnp.int32(len(layout.quantized)), count), group, element
     )

@@ -109,10 +109,12 @@ def check_state(state: Any, layout: Layout) -> None:
             f"state is {type(state).__name__}: expected the ScaleByAdamQState that init returned"
         )
     got = (state.mu_scale.shape[0], state.exact.shape[1], len(state.precision.plan.widths))
-    want = (layout.tiles, layout.exact_size, 2 * len(layout.quantized))
+    n = layout.devices
+    want = (n * layout.tiles, n * layout.exact_size, 2 * len(layout.quantized))
     if got != want:
         raise ValueError(
             f"the state holds {got[0]} tiles, {got[1]} exact elements and {got[2]} slots, but "
-            f"these gradients need {want[0]}, {want[1]} and {want[2]}: expected gradients of the "
-            "tree and shapes given to init, the same storage and the same pins to 'exact'"
+            f"these gradients need {want[0]}, {want[1]} and {want[2]}, divided among {n} devices: "
+            "expected gradients of the tree and shapes given to init, the same sharding, the same "
+            "storage and the same pins to 'exact'"
         )

@@ -1,5 +1,6 @@
 """What is stored where, and why: `plan` before training, `report` during it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,26 @@ from stquant_jax import arena as rows
 from stquant_jax.backends import settle
 from stquant_jax.checks import check_concrete, check_precision, check_state, find_state
 from stquant_jax.layout import Layout, Storage
-from stquant_jax.planning import layout_for, rows_for, schedule_bytes, slots_for
+from stquant_jax.planning import (
+    capacity_for,
+    layout_for,
+    rows_for,
+    schedule_bytes,
+    slots_for,
+)
 from stquant_jax.precision import Budget, Policy
 from stquant_jax.precision.slots import WIDEST
+from stquant_jax.sharding import Sharding, sharding_for
 
 
 @dataclass(frozen=True)
 class LeafReport:
-    """One leaf's part of the state."""
+    """What one device keeps of one leaf."""
 
     path: str
     shape: tuple[int, ...]
+    part: tuple[int, ...]  # the shape of one device's part; without a sharding, of all
+    divided: tuple[str, ...]  # by which axes of the mesh
     kind: str  # "tiled", "folded", "flat" or "exact"
     reason: str
     mu_width: int  # bits of a code; 32 where exact
@@ -34,20 +44,21 @@ class LeafReport:
     @property
     def bits(self) -> float:
         """Bits per state element, padding included."""
-        return 8 * self.bytes / (2 * max(1, int(np.prod(self.shape))))
+        return 8 * self.bytes / (2 * max(1, math.prod(self.part)))
 
 
 @dataclass(frozen=True)
 class Report:
     """All leaves of a state, and the bytes that belong to none. Prints as a table; `markdown`
-    renders one.
+    renders one. Sharded, all bytes are those of one device.
 
     Attributes:
       leaves: one entry per leaf, in tree order; nothing stays unquantized without being named here.
       schedule_bytes: count, plan, statistics and the policy's memory.
       free_bytes: rows of the arena that no slot uses.
-      reference_bytes: what `optax.scale_by_adam` would take.
+      reference_bytes: what `optax.scale_by_adam` would take, divided in the same way.
       backend: what runs the update.
+      devices: how many hold different parts of the state.
     """
 
     leaves: tuple[LeafReport, ...]
@@ -55,6 +66,7 @@ class Report:
     free_bytes: int
     reference_bytes: int
     backend: str
+    devices: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -105,7 +117,7 @@ class Report:
         body = [
             (
                 leaf.path,
-                "x".join(map(str, leaf.shape)) or "scalar",
+                _shape(leaf),
                 leaf.kind,
                 *(
                     "f32" if leaf.kind == "exact" else str(w)
@@ -144,8 +156,10 @@ class Report:
 
     def _summary(self) -> str:
         ratio = self.total_bytes / self.reference_bytes
+        where = f", on each of {self.devices} devices" if self.devices > 1 else ""
         return (
-            f"{ratio:.1%} of float32 Adam's {self.reference_bytes:,} bytes; backend {self.backend}"
+            f"{ratio:.1%} of float32 Adam's {self.reference_bytes:,} bytes{where}; "
+            f"backend {self.backend}"
         )
 
     _HEADER = ("leaf", "shape", "format", "mu", "nu", "bytes", "bits/element", "why")
@@ -163,6 +177,11 @@ class Report:
         with console.capture() as capture:
             console.print(table)
         return capture.get()
+
+
+def _shape(leaf: LeafReport) -> str:
+    whole, part = ("x".join(map(str, shape)) or "scalar" for shape in (leaf.shape, leaf.part))
+    return f"{part} of {whole}, by {'+'.join(leaf.divided)}" if leaf.divided else whole
 
 
 _MOST_LABELS = 40  # of leaves along an axis
@@ -199,21 +218,26 @@ def _draw(path: Path, leaves: list[str], edges: list[int], widths: np.ndarray) -
     figure.savefig(path, dpi=150)
 
 
-def plan(params: Any, precision: Policy = Budget(5.0), storage: Storage = Storage()) -> Report:  # noqa: B008
-    """What the state of these parameters will hold: bytes per leaf, and why each leaf got its
-    format.
+def plan(
+    params: Any,
+    precision: Policy = Budget(5.0),  # noqa: B008
+    storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
+) -> Report:
+    """What the state of these parameters will hold: bytes per leaf and device, and why each leaf
+    got its format.
 
     Args:
       params: arrays or ShapeDtypeStructs; nothing is allocated on a device.
-      precision, storage: as for `scale_by_adam_q`.
+      precision, storage, sharding: as for `scale_by_adam_q`.
 
     Raises:
       ValueError: as `scale_by_adam_q` and its ``init``.
     """
     check_precision(precision, storage)
-    layout = layout_for(params, precision, storage)
-    capacity = rows_for(layout, precision)
-    widths = precision.first_widths(slots_for(layout, precision), capacity)
+    layout = layout_for(params, precision, storage, sharding_for(params, sharding))
+    capacity = capacity_for(layout, precision)
+    widths = precision.first_widths(slots_for(layout, precision), rows_for(layout, precision))
     return _report(layout, widths, capacity, schedule_bytes(layout, precision), storage)
 
 
@@ -222,13 +246,15 @@ def report(
     params: Any,
     precision: Policy = Budget(),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> Report:
-    """What a state holds now: widths and bytes of every leaf.
+    """What a state holds now: widths and bytes of every leaf, on each device.
 
     Args:
       state: a concrete `ScaleByAdamQState`, or an optimizer's state that holds one.
       params: arrays or ShapeDtypeStructs; shapes only.
-      precision, storage: those the optimizer was made with; of the former only pins matter.
+      precision, storage, sharding: those the optimizer was made with; of the first only pins
+        matter.
 
     Raises:
       ValueError: the state was built for other parameters or another storage, is traced, or holds
@@ -237,11 +263,12 @@ def report(
     check_precision(precision, storage)
     state = find_state(state)
     check_concrete(state, "report")
-    layout = layout_for(params, precision, storage)
+    layout = layout_for(params, precision, storage, sharding_for(params, sharding))
     check_state(state, layout)
     schedule = sum(x.nbytes for x in jax.tree.leaves((state.count, state.precision)))
     widths = np.asarray(state.precision.plan.widths)
-    return _report(layout, widths, state.arena.shape[0], schedule, storage)
+    capacity = state.arena.shape[0] // layout.devices
+    return _report(layout, widths, capacity, schedule, storage)
 
 
 def _report(
@@ -256,7 +283,9 @@ def _report(
             if leaf.tiles
             else 8 * leaf.size
         )
-        leaves.append(LeafReport(leaf.path, leaf.shape, leaf.kind, leaf.reason, mu, nu, size))
+        divided = tuple(name for names in leaf.axes for name in names)
+        where = leaf.path, leaf.whole.shape, leaf.shape, divided
+        leaves.append(LeafReport(*where, leaf.kind, leaf.reason, mu, nu, size))
     used = int(np.sum(widths * rows.slot_tiles(layout)))
     return Report(
         tuple(leaves),
@@ -264,4 +293,5 @@ def _report(
         (capacity - used) * rows.ROW_BYTES,
         rows.reference_bytes(layout),
         str(settle(storage).backend),
+        layout.devices,
     )

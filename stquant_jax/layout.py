@@ -1,20 +1,20 @@
 """Geometry: how a leaf becomes tiles of 32 x 128 elements, and where its tiles lie.
 
-A leaf is seen as a matrix [rows, columns], its leading axes folded into the rows and the others into
-the columns, where the matrix comes out nearest to a square: a kernel [features, heads, head size]
-has a column for each head's each feature. Groups run along the
-shorter of the two sides (ties: along the rows), lanes along the longer: token and vocabulary axes
-never fall inside a group, and a sharding that cuts an axis in multiples of the tile leaves every
-group whole. Where padding would waste more than 1/8, the bands of 32 are folded: laid side by side
-along the lanes, so that only the end is padded. Where the group axis does not divide into groups,
-the flat view is used: 32 consecutive elements a group. Small leaves stay exact float32.
+A leaf is seen as a matrix [rows, columns], leading axes folded into the rows, the others into the
+columns, nearest to a square: a kernel [features, heads, head size] has a row for each feature.
+Groups run along the shorter of the two sides (ties: along the rows), lanes along the longer: token
+and vocabulary axes never fall inside a group, and a sharding that cuts an axis in multiples of the
+tile leaves every group whole. Where padding would waste more than 1/8, the bands of 32 are folded:
+laid side by side along the lanes, so that only the end is padded. Where the group axis does not
+divide into groups, the flat view is used: 32 consecutive elements a group. Small leaves stay exact
+float32.
 
 All of it is static, computed from shapes at trace time; the state holds arrays only.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,31 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a leaf is divided among the devices of a mesh, and where the tiles of a part lie in it.
+
+    On each side of the leaf's matrix a part is one run of consecutive indices, or several of one
+    length at equal distances. Group ``band * lanes + lane`` of a part is in the leaf the one of
+
+        band + band // band_run * band_gap,    lane + lane tile // tile_run * lane_gap
+
+    in a matrix of ``lanes`` lanes, and beyond them what the index of the part adds.
+    """
+
+    shape: tuple[int, ...]  # of the whole leaf
+    axes: tuple[tuple[str, ...], ...]  # of the mesh, by which each axis of the leaf is divided
+    parts: tuple[int, ...]  # their number along each axis of the leaf
+    tiles: int  # of the whole leaf
+    whole: bool = True  # tiles, or elements: their bits do not depend on the division
+    steps: tuple[int, ...] = ()  # groups from part to part, by axis of the leaf
+    lanes: int = 0
+    band_run: int = 1
+    band_gap: int = 0
+    tile_run: int = 1  # of lanes, in tiles
+    lane_gap: int = 0
+
+
+@dataclass(frozen=True)
 class Leaf:
     """One parameter array: its format, why, and its tiles.
 
@@ -96,10 +121,23 @@ class Leaf:
     lanes_along: int = 0  # groups side by side, unpadded; folded or flat, all of the leaf's groups
     transposed: bool = False  # the group axis is the last one
     tiles: int = 0  # alignment included
+    cut: Cut | None = None  # this is one device's part of a leaf
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def whole(self) -> "Leaf":
+        """The leaf that this is a part of, with all the tiles that its parts have."""
+        if self.cut is None:
+            return self
+        return replace(self, shape=self.cut.shape, tiles=self.cut.tiles, cut=None)
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """Axes of the mesh by which each axis of the leaf is divided."""
+        return self.cut.axes if self.cut else ((),) * len(self.shape)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -122,13 +160,21 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Layout:
-    """All leaves of a tree, in tree order, and the tiles of those that are quantized."""
+    """All leaves of a tree, in tree order, and the tiles of those that are quantized: of one
+    device, where leaves are divided."""
 
     leaves: tuple[Leaf, ...]
+    axes: tuple[str, ...] = ()  # of the mesh, along which any leaf is divided
+    devices: int = 1  # that hold different parts
 
     @cached_property
     def quantized(self) -> tuple[Leaf, ...]:
         return tuple(leaf for leaf in self.leaves if leaf.tiles)
+
+    @cached_property
+    def whole(self) -> "Layout":
+        """All devices' parts together: what a policy decides on."""
+        return Layout(tuple(leaf.whole for leaf in self.leaves)) if self.axes else self
 
     @cached_property
     def exact(self) -> tuple[Leaf, ...]:
@@ -201,11 +247,12 @@ def layout_of(
         if pinned_exact(name):
             leaves.append(Leaf(name, tuple(x.shape), x.dtype, "exact", "pinned"))
         else:
-            leaves.append(_leaf(name, tuple(x.shape), x.dtype, storage))
+            leaves.append(leaf_of(name, tuple(x.shape), x.dtype, storage))
     return Layout(tuple(leaves))
 
 
-def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Leaf:
+def leaf_of(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Leaf:
+    """The format of one array, by its shape."""
     size = math.prod(shape)
     if size == 0:
         return Leaf(path, shape, dtype, "exact", "empty")
@@ -248,7 +295,7 @@ def _leaf(path: str, shape: tuple[int, ...], dtype: Any, storage: Storage) -> Le
         groups,
         lanes,
         transposed,
-        _align(tiles, storage.row_alignment or 1),
+        align(tiles, storage),
     )
 
 
@@ -258,8 +305,10 @@ def _split(shape: tuple[int, ...]) -> int:
     return min(splits, key=lambda k: max(math.prod(shape[:k]), math.prod(shape[k:])), default=0)
 
 
-def _align(n: int, alignment: int) -> int:
-    return -(-n // alignment) * alignment
+def align(tiles: int, storage: Storage) -> int:
+    """So many tiles, rounded up to what the storage's alignment asks for."""
+    alignment = storage.row_alignment or 1
+    return -(-tiles // alignment) * alignment
 
 
 def to_tiles(x: jax.Array, leaf: Leaf) -> jax.Array:

@@ -9,6 +9,7 @@ import optax
 from stquant_jax.fusing import Fusable, fusable
 from stquant_jax.layout import Storage
 from stquant_jax.precision import Budget, Policy
+from stquant_jax.sharding import Sharding
 from stquant_jax.transform import scale_by_adam_q
 
 
@@ -22,19 +23,27 @@ def adam(
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> Fusable:
     """`optax.adam` with quantized state: ``chain(scale_by_adam_q(...),
     scale_by_learning_rate(learning_rate))``.
 
     Args:
       learning_rate: a number or a schedule.
-      b1, b2, eps, eps_root, nesterov, precision, storage: see `scale_by_adam_q`.
+      b1, b2, eps, eps_root, nesterov, precision, storage, sharding: see `scale_by_adam_q`.
 
     Raises:
       ValueError: as `scale_by_adam_q`.
     """
     adam = scale_by_adam_q(
-        b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
+        b1,
+        b2,
+        eps,
+        eps_root,
+        nesterov=nesterov,
+        precision=precision,
+        storage=storage,
+        sharding=sharding,
     )
     return fusable(adam, learning_rate)
 
@@ -51,13 +60,14 @@ def adamw(
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> Fusable:
     """`optax.adamw` with quantized state: Adam with decoupled weight decay (Loshchilov and Hutter,
     2019).
 
     Args:
       learning_rate: a number or a schedule.
-      b1, b2, eps, eps_root, nesterov, precision, storage: see `scale_by_adam_q`.
+      b1, b2, eps, eps_root, nesterov, precision, storage, sharding: see `scale_by_adam_q`.
       weight_decay: strength of the decay, a number or a schedule, multiplied with the learning
         rate as in Optax.
       mask: a tree of booleans, or a function of the parameters that returns one: which parameters
@@ -76,6 +86,13 @@ def adamw(
       >>> params = optax.apply_updates(params, updates)
     """
     adam = scale_by_adam_q(
-        b1, b2, eps, eps_root, nesterov=nesterov, precision=precision, storage=storage
+        b1,
+        b2,
+        eps,
+        eps_root,
+        nesterov=nesterov,
+        precision=precision,
+        storage=storage,
+        sharding=sharding,
     )
     return fusable(adam, learning_rate, decay=(weight_decay, mask))

@@ -1,32 +1,44 @@
 """Where the elements of a tile lie in their leaf: what noise is seeded by, and what is padding."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from stquant_jax.layout import Leaf
+from stquant_jax.layout import Cut, Leaf
 from stquant_jax.planes import GROUP, LANES
+
+Number = Any  # an int, or an int32 array
 
 
 class Place(NamedTuple):
     """A leaf's geometry as numbers, so that a traced leaf index can pick one out of a table."""
 
-    bands: jax.Array | int
-    lanes: jax.Array | int
-    limit: (
-        jax.Array | int
-    )  # elements on the group axis; of the whole leaf where bands are folded or flat
-    flat: jax.Array | int
+    bands: Number
+    lanes: Number  # of the whole leaf, where this is a part of it
+    limit: Number  # elements on the group axis; of the whole leaf where bands are folded or flat
+    flat: Number
+    # Of a part: runs of bands and of lanes, and what lies between them; see `Cut`.
+    band_run: Number
+    band_gap: Number
+    tile_run: Number
+    lane_gap: Number
+    start: Number  # its first group in the whole leaf
 
     @classmethod
-    def of(cls, leaf: Leaf) -> "Place":
+    def of(cls, leaf: Leaf, start: Number = 0) -> "Place":
+        """Of a leaf, or of a part of one that starts at this group."""
         flat = leaf.kind != "tiled"
-        return cls(
-            leaf.bands, leaf.lanes_along, leaf.size if flat else leaf.groups_along, int(flat)
-        )
+        limit = leaf.size if flat else leaf.groups_along
+        cut = leaf.cut
+        if cut is None or not cut.lanes:  # consecutive groups
+            return cls(leaf.bands, leaf.lanes_along, limit, int(flat), 1, 0, 1, 0, start)
+        runs = cut.band_run, cut.band_gap, cut.tile_run, cut.lane_gap
+        return cls(leaf.bands, cut.lanes, limit, int(flat), *runs, start)
 
     def of_tiles(self, tile: jax.Array, size: int, ragged: bool) -> tuple[jax.Array, jax.Array]:
         """Group index uint32[size, 1, 128] in the leaf, and 1 for elements, 0 for padding,
@@ -44,18 +56,66 @@ class Place(NamedTuple):
     def of_lanes(self, tile: jax.Array, lane: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Group index uint32 of lanes 0..127 of tiles int32, any shapes that broadcast, and how
         many elements there are from the group's first on, int32: 32 or more if it is full."""
-        lane_tile = jax.lax.div(
-            tile, jnp.broadcast_to(jnp.int32(self.bands), tile.shape)
-        )  # both are positive
+        lane_tile = _divide(tile, self.bands)
         band = tile - lane_tile * self.bands
         lane = lane_tile * LANES + lane
         # Flat, a group is 32 consecutive elements, so it is the last lane that may be cut short,
         # not the last band.
         left = self.limit - GROUP * jnp.where(self.flat == 1, lane, band)
-        return (band * self.lanes + lane).astype(jnp.uint32), left
+        if not _is_zero(self.band_gap):
+            band += _divide(band, self.band_run) * self.band_gap
+        if not _is_zero(self.lane_gap):
+            lane += _divide(lane_tile, self.tile_run) * self.lane_gap
+        return (self.start + band * self.lanes + lane).astype(jnp.uint32), left
 
 
 def places_of(leaves: Sequence[Leaf]) -> Place:
-    """A table: int32[leaves] in every field."""
-    columns = zip(*map(Place.of, leaves), strict=True)
-    return Place(*(jnp.asarray(np.array(column, np.int32)) for column in columns))
+    """A table: int32[leaves] in every field. In `jax.shard_map` where leaves are parts."""
+    columns = zip(*(Place.of(leaf) for leaf in leaves), strict=True)
+    table = Place(*(np.array(column, np.int32) for column in columns))
+    # Gaps are static where there are none: nothing is divided then.
+    static = {name: 0 for name in ("band_gap", "lane_gap") if not getattr(table, name).any()}
+    table = jax.tree.map(jnp.asarray, table)
+    return table._replace(start=starts_of(leaves), **static)
+
+
+def starts_of(leaves: Sequence[Leaf]) -> jax.Array:
+    """int32[leaves]: the first group of each leaf's part, on the device that asks."""
+    return jnp.stack([jnp.asarray(start_of(leaf.cut), jnp.int32) for leaf in leaves])
+
+
+def start_of(cut: Cut | None) -> Number:
+    """What the index of the part adds to each group's."""
+    if cut is None or not cut.steps:
+        return 0
+    return sum(
+        lax.axis_index(names) * step
+        for names, step in zip(cut.axes, cut.steps, strict=True)
+        if names
+    )
+
+
+def exact_elements(leaves: Sequence[Leaf]) -> jax.Array:
+    """uint32[size]: the index of each element of the exact leaves, one leaf after the other, among
+    those of all devices."""
+    parts, first = [jnp.zeros((0,), jnp.uint32)], 0
+    for leaf in leaves:
+        whole = leaf.whole.shape
+        index = jnp.uint32(first)
+        for axis, size in enumerate(leaf.shape):
+            here = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            if leaf.axes[axis]:
+                here += jnp.uint32(lax.axis_index(leaf.axes[axis])) * jnp.uint32(size)
+            index += here * jnp.uint32(math.prod(whole[axis + 1 :]))
+        parts.append(jnp.broadcast_to(index, leaf.shape).reshape(-1))
+        first += math.prod(whole)
+    return jnp.concatenate(parts)
+
+
+def _divide(a: jax.Array, b: Number) -> jax.Array:
+    """Both are positive."""
+    return lax.div(a, jnp.broadcast_to(jnp.asarray(b, jnp.int32), a.shape))
+
+
+def _is_zero(x: Number) -> bool:
+    return isinstance(x, int) and x == 0

@@ -1,38 +1,61 @@
 """From parameters and options to what is stored: the layout, the slots, the rows of the arena."""
 
+from fractions import Fraction
 from typing import Any
 
 import jax
+import numpy as np
 
 from stquant_jax import arena as rows
 from stquant_jax.backends import settle
-from stquant_jax.layout import Layout, Storage, layout_of
+from stquant_jax.layout import Layout, Leaf, Storage, layout_of
 from stquant_jax.precision import Policy, Slots
 from stquant_jax.precision.slots import unmatched
+from stquant_jax.sharding import Sharding
+from stquant_jax.shards import part_of
 
 COUNT_BYTES = 4
 
 
-def layout_for(tree: Any, precision: Policy, storage: Storage) -> Layout:
-    """The layout of a tree, pins included.
+def layout_for(
+    tree: Any, precision: Policy, storage: Storage, sharding: Sharding | None = None
+) -> Layout:
+    """The layout of a tree, pins included: of one device's parts where it is sharded.
 
     Raises:
-      ValueError: as `layout_of`; a pin that matches no leaf; a backend that cannot run.
+      ValueError: as `layout_of`; a pin that matches no leaf; a backend that cannot run; a sharding
+        that does not fit.
     """
-    layout = layout_of(tree, settle(storage), precision.keeps_exact)
+    storage = settle(storage)
+    layout = layout_of(tree, storage, precision.keeps_exact)
     paths = [leaf.path for leaf in layout.leaves]
     for pattern in unmatched(precision.pins, paths):
         raise ValueError(
             f"pins[{pattern!r}] matches no leaf: expected a regular expression that is found in at "
             f"least one of {', '.join(map(repr, paths[:20]))}{', ...' if len(paths) > 20 else ''}"
         )
-    return layout
+    if sharding is None:
+        return layout
+    parts = tuple(_part(leaf, storage, sharding) for leaf in layout.leaves)
+    divided = {name for part in parts for names in part.axes for name in names}
+    axes = tuple(name for name in sharding.mesh.axis_names if name in divided)
+    return Layout(parts, axes, int(np.prod([sharding.sizes[name] for name in axes])))
+
+
+def _part(leaf: Leaf, storage: Storage, sharding: Sharding) -> Leaf:
+    """Along the zero axis too, if that leaves whole tiles."""
+    *zero, own = sharding.candidates(leaf.path, leaf.shape)
+    for axes in zero if leaf.tiles else ():
+        part = part_of(leaf, axes, sharding.sizes, storage)
+        if part.tiles and part.cut and part.cut.whole:
+            return part
+    return part_of(leaf, own, sharding.sizes, storage)
 
 
 def slots_for(layout: Layout, precision: Policy) -> Slots:
-    """What the policy is told of the layout's slots."""
+    """What the policy is told of the layout's slots: all devices' tiles."""
     paths = tuple(leaf.path for leaf in layout.quantized for _ in rows.MOMENTS)
-    return Slots(rows.slot_tiles(layout), paths, precision.pins)
+    return Slots(rows.slot_tiles(layout.whole), paths, precision.pins)
 
 
 def schedule_bytes(layout: Layout, precision: Policy) -> int:
@@ -43,10 +66,33 @@ def schedule_bytes(layout: Layout, precision: Policy) -> int:
 
 
 def rows_for(layout: Layout, precision: Policy) -> int:
-    """Rows of the arena.
+    """Rows that the policy may fill, of all devices together.
+
+    It knows nothing of the sharding, so that plans do not depend on it.
 
     Raises:
       ValueError: the policy's budget is below the floor.
     """
-    fixed = rows.fixed_bytes(layout) + schedule_bytes(layout, precision)
-    return precision.rows(slots_for(layout, precision), fixed, rows.reference_bytes(layout))
+    whole = layout.whole
+    fixed = rows.fixed_bytes(whole) + schedule_bytes(whole, precision)
+    return precision.rows(slots_for(whole, precision), fixed, rows.reference_bytes(whole))
+
+
+def capacity_for(layout: Layout, precision: Policy) -> int:
+    """Rows of one device's arena: what any plan of `rows_for` rows takes there at most.
+
+    Where all leaves are divided alike that is this device's share of them. Replicated leaves take
+    more of a device than of the whole, and a plan may give them as much as it likes.
+    """
+    free = rows_for(layout, precision)
+    if not layout.axes:
+        return free
+    slots, here = slots_for(layout, precision), rows.slot_tiles(layout)
+    narrowest, widest = slots.narrowest, slots.widest
+    free -= int(np.sum(slots.tiles * narrowest))
+    need = Fraction(int(np.sum(here * narrowest)))
+    share = [Fraction(int(t), int(n)) for t, n in zip(here, slots.tiles, strict=True)]
+    for slot in sorted(range(len(share)), key=lambda slot: -share[slot]):
+        more = min(int(slots.tiles[slot] * (widest - narrowest)[slot]), free)
+        need, free = need + share[slot] * more, free - more
+    return int(need)

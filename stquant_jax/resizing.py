@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
 from stquant_jax.backends.repack import repack
@@ -16,14 +17,13 @@ from stquant_jax.checks import (
     is_state,
 )
 from stquant_jax.layout import Layout, Storage
-from stquant_jax.planning import layout_for, rows_for, slots_for
+from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
 from stquant_jax.precision import Plan, Policy, PrecisionState
 from stquant_jax.precision.policy import DEFAULT_SHRINKAGE
 from stquant_jax.precision.slots import MU, NU
 from stquant_jax.precision.statistics import forget
-from stquant_jax.transform import ScaleByAdamQState
-
-_repack = jax.jit(repack, static_argnums=(0, 1))
+from stquant_jax.sharding import Sharding, per_device, sharding_for
+from stquant_jax.transform import ScaleByAdamQState, state_specs
 
 
 def resize(
@@ -31,6 +31,7 @@ def resize(
     params: Any,
     precision: Policy,
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> Any:
     """The same moments in an arena of another size: go on with an optimizer of another policy.
 
@@ -42,7 +43,7 @@ def resize(
       state: a `ScaleByAdamQState`, or an optimizer's state that holds one; concrete, on the host.
       params: arrays or ShapeDtypeStructs; shapes only.
       precision: the policy to go on with. Its pins to "exact" must be those so far.
-      storage: the one the optimizer was made with.
+      storage, sharding: those the optimizer was made with.
 
     Returns:
       ``state`` with the `ScaleByAdamQState` in it replaced. The next update, by an optimizer made
@@ -64,19 +65,26 @@ def resize(
     check_precision(precision, storage)
     old = find_state(state)
     check_concrete(old, "resize")
-    layout = layout_for(params, precision, storage)
+    here = sharding_for(params, sharding)
+    layout = layout_for(params, precision, storage, here)
     check_state(old, layout)
-    new = _resized(old, layout, precision, storage)
+    new = _resized(old, layout, precision, storage, here)
     return jax.tree.map(lambda x: new if is_state(x) else x, state, is_leaf=is_state)
 
 
 def _resized(
-    old: ScaleByAdamQState, layout: Layout, precision: Policy, storage: Storage
+    old: ScaleByAdamQState,
+    layout: Layout,
+    precision: Policy,
+    storage: Storage,
+    sharding: Sharding | None,
 ) -> ScaleByAdamQState:
-    capacity, slots = rows_for(layout, precision), slots_for(layout, precision)
+    capacity, slots = capacity_for(layout, precision), slots_for(layout, precision)
     widths, windows, shrinkage = map(np.asarray, old.precision.plan)
     # what is pinned now may not have been before
-    new_widths = precision.refit(slots, capacity, slots.pinned(widths)).astype(np.int32)
+    new_widths = precision.refit(slots, rows_for(layout, precision), slots.pinned(widths)).astype(
+        np.int32
+    )
     nu = slots.moment == NU
     first_codes = nu & (widths == 0) & (new_widths > 0)
     new_windows = np.where(first_codes, precision.first_windows(new_widths), windows)
@@ -88,11 +96,18 @@ def _resized(
         jnp.asarray(new_shrinkage, jnp.float32),
     )
 
-    room = max(capacity, old.arena.shape[0])  # both plans fit
-    arena = jnp.pad(old.arena, ((0, room - old.arena.shape[0]), (0, 0)))
-    packed = rows.Packed(arena, old.mu_scale, old.nu_scale, old.nu_row)
-    packed = _repack(layout, storage, old.count, packed, old.precision.plan, plan)
-    packed = packed._replace(arena=packed.arena[:capacity])
+    room = max(capacity, old.arena.shape[0] // layout.devices)  # both plans fit
+
+    def move(packed, count, old_plan):
+        spare = room - packed.arena.shape[0]
+        packed = packed._replace(arena=jnp.pad(packed.arena, ((0, spare), (0, 0))))
+        packed = repack(layout, storage, count, packed, old_plan, plan)
+        return packed._replace(arena=packed.arena[:capacity])
+
+    packed = rows.Packed(old.arena, old.mu_scale, old.nu_scale, old.nu_row)
+    own = rows.Packed(*(getattr(state_specs(layout), name) for name in rows.Packed._fields))
+    moved = jax.jit(per_device(move, sharding, (own, P(), P()), own))
+    packed = moved(packed, old.count, old.precision.plan)
 
     changed = (new_widths != widths) | (new_windows != windows)
     observed = forget(old.precision.observed, jnp.asarray(changed[MU::2] | changed[NU::2]))

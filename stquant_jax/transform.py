@@ -6,11 +6,13 @@ first.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
 from stquant_jax import backends
@@ -19,15 +21,26 @@ from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_state
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planes import GROUP, LANES
-from stquant_jax.planning import layout_for, rows_for, slots_for
+from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
 from stquant_jax.precision import Budget, Policy, PrecisionState
 from stquant_jax.precision.statistics import observe
 from stquant_jax.rules import Adam, AdamScalars
+from stquant_jax.sharding import (
+    Sharding,
+    Whereabouts,
+    part_specs,
+    per_device,
+    spec_of,
+    whole_replicas,
+)
 
 
 class ScaleByAdamQState(NamedTuple):
     """State of `scale_by_adam_q`: arrays only, so jit, scan, donation, tree maps and checkpoints
     need no special care.
+
+    Sharded, every device has rows, tiles and exact moments of its own, and these arrays hold all
+    devices', one after the other. The rest is the same on all.
 
     Attributes:
       count: int32[], updates done.
@@ -67,6 +80,7 @@ def scale_by_adam_q(
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> ScaleByAdamQ:
     r"""Rescale updates by Adam, its moments stored in a few bits each.
 
@@ -88,6 +102,9 @@ def scale_by_adam_q(
       precision: a policy: `Budget` (bits per state element, everything counted), `STQuant` or
         `Fixed`.
       storage: which leaves stay exact, backend, seed of the rounding.
+      sharding: how the parameters are divided among devices. None goes by the arrays: under a mesh
+        with Explicit axes they tell it themselves; with Auto axes, those that ``init`` is given
+        outside of jit do, and this transformation remembers it.
 
     Returns:
       A gradient transformation whose state is a `ScaleByAdamQState`. Its ``init`` also accepts
@@ -95,8 +112,9 @@ def scale_by_adam_q(
 
     Raises:
       ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it);
-      at ``init``, a budget below the floor, complex or integer parameters; at ``update``, gradients
-      or a state of another model or layout.
+      at ``init``, a budget below the floor, complex or integer parameters, a sharding that does not
+      fit them; at ``update``, gradients or a state of another model, layout or sharding; at both,
+      under jit, arrays on a mesh with Auto axes of which nothing tells how they are divided.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
@@ -118,41 +136,39 @@ def scale_by_adam_q(
     check_precision(precision, storage)
     rule = Adam(nesterov=bool(nesterov))
     backend_step = backends.resolve(storage)
+    whereabouts = Whereabouts(sharding)
 
     def init(params: optax.Params) -> ScaleByAdamQState:
-        return _init_state(layout_for(params, precision, storage), precision)
+        here = whereabouts.at_init(params)
+        layout = layout_for(params, precision, storage, here)
+        make = per_device(partial(_init_state, layout, precision), here, (), state_specs(layout))
+        return make() if here is None else jax.jit(make)()
 
     def step(
         grads: optax.Updates, state: Any, apply: Apply | None = None
     ) -> tuple[Any, ScaleByAdamQState]:
-        layout = layout_for(grads, precision, storage)
+        here = whereabouts.at_update(grads)
+        layout = layout_for(grads, precision, storage, here)
         leaves, treedef = jax.tree.flatten(grads)
         check_state(state, layout)
-        quantized, exact = layout.split(leaves)
-        to_quantized, to_exact = (None, None) if apply is None else apply.split(layout)
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
-        packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
-        plan = state.precision.plan
-        quantized, packed, sums = backend_step(
-            layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
+
+        def local(leaves, state, count, scalars, *applied):
+            to = Apply(*applied, stochastic=apply.stochastic) if apply else None
+            return _update(
+                layout, storage, rule, precision, backend_step, leaves, state, count, scalars, to
+            )
+
+        parts, own = part_specs(layout), state_specs(layout)
+        applied = (apply.params, apply.rate, apply.decay) if apply else ()
+        run = per_device(
+            local, here, (parts, own, P(), P(), *(parts, P(), P())[: len(applied)]), (parts, own)
         )
-        decays = scalars.b1, scalars.b2
-        observed = observe(state.precision.observed, sums, plan.widths[1::2], decays, count)
-        packed, schedule = _adapt(
-            layout,
-            storage,
-            precision,
-            decays,
-            count,
-            packed,
-            state.precision._replace(observed=observed),
-        )
-        exact, moments = _update_exact(
-            layout, storage, rule, scalars, count, exact, state.exact, to_exact
-        )
-        updates = jax.tree.unflatten(treedef, layout.merge(quantized, exact))
-        return updates, ScaleByAdamQState(count, *packed, exact=moments, precision=schedule)
+        updates, state = run(leaves, state, count, scalars, *applied)
+        if here is not None:
+            updates = whole_replicas(updates, layout, here)
+        return jax.tree.unflatten(treedef, updates), state
 
     def update(
         updates: optax.Updates,
@@ -169,16 +185,69 @@ def scale_by_adam_q(
 
 
 def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
-    capacity = rows_for(layout, precision)
+    """One device's."""
     return ScaleByAdamQState(
         count=jnp.zeros((), jnp.int32),
-        arena=jnp.zeros((capacity, LANES), jnp.uint32),
+        arena=jnp.zeros((capacity_for(layout, precision), LANES), jnp.uint32),
         mu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["mu"]),
         nu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["nu"]),
         nu_row=jnp.zeros((layout.tiles * GROUP,), jnp.uint8),
         exact=jnp.zeros((len(rows.MOMENTS), layout.exact_size), jnp.float32),
-        precision=precision.init(slots_for(layout, precision), capacity),
+        precision=precision.init(slots_for(layout, precision), rows_for(layout, precision)),
     )
+
+
+def state_specs(layout: Layout) -> ScaleByAdamQState:
+    """How a state is divided among devices: a `PartitionSpec` for each field."""
+    by_device: Any = spec_of((layout.axes,))
+    same: Any = P()
+    return ScaleByAdamQState(
+        count=same,
+        arena=by_device,
+        mu_scale=by_device,
+        nu_scale=by_device,
+        nu_row=by_device,
+        exact=spec_of(((), layout.axes)),  # pyright: ignore[reportArgumentType]
+        precision=same,
+    )
+
+
+def _update(
+    layout: Layout,
+    storage: Storage,
+    rule: Adam,
+    precision: Policy,
+    backend_step: Callable,
+    leaves: list[jax.Array],
+    state: ScaleByAdamQState,
+    count: jax.Array,
+    scalars: AdamScalars,
+    apply: Apply | None,
+) -> tuple[list[jax.Array], ScaleByAdamQState]:
+    """One device's part of a step."""
+    quantized, exact = layout.split(leaves)
+    to_quantized, to_exact = (None, None) if apply is None else apply.split(layout)
+    packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
+    plan = state.precision.plan
+    quantized, packed, sums = backend_step(
+        layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
+    )
+    decays = scalars.b1, scalars.b2
+    observed = observe(state.precision.observed, sums, plan.widths[1::2], decays, count)
+    packed, schedule = _adapt(
+        layout,
+        storage,
+        precision,
+        decays,
+        count,
+        packed,
+        state.precision._replace(observed=observed),
+    )
+    exact, moments = _update_exact(
+        layout, storage, rule, scalars, count, exact, state.exact, to_exact
+    )
+    updates = layout.merge(quantized, exact)
+    return updates, ScaleByAdamQState(count, *packed, exact=moments, precision=schedule)
 
 
 def _adapt(
@@ -193,10 +262,10 @@ def _adapt(
     """Every ``interval`` steps the policy decides on a new plan, to which the arena is repacked."""
     if precision.interval is None or not layout.quantized:
         return packed, state
-    slots = slots_for(layout, precision)
+    slots, free = slots_for(layout, precision), rows_for(layout, precision)
 
     def decide(packed, state):
-        new = precision.decide(slots, packed.arena.shape[0], state, decays, count)
+        new = precision.decide(slots, free, state, decays, count)
         return repack(layout, storage, count, packed, state.plan, new.plan), new
 
     due = count % precision.interval == 0

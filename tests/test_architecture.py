@@ -15,7 +15,7 @@ PACKAGE = "stquant_jax"
 FLOORS = (
     {"numerics", "planes"},
     {"layout", "noise", "rounding"},
-    {"places", "codecs", "arena", "blocks"},
+    {"places", "shards", "sharding", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
     {"backends"},
     {"checks", "planning"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"__init__"},
 )
 # Mechanism, algebra, policy: none knows the others.
-STORAGE = {"planes", "layout", "noise", "rounding", "places", "codecs", "arena", "blocks"}
+STORAGE = {"planes", "layout", "noise", "rounding", "places", "shards", "codecs", "arena", "blocks"}
 ROOMS = (STORAGE, {"rules"}, {"precision"})
 
 

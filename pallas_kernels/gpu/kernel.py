@@ -91,8 +91,9 @@ class Tile:
         self.geometry, self.s, self.stored, self.scratch = geometry, s, stored, scratch
         tile = lax.axis_index("tile")
         self.lane = lane_index()
-        self.group, self.left = geometry.place.of_lanes(vector(tile), self.lane)
-        self.first_group, self.first_left = geometry.place.of_lanes(tile, jnp.int32(0))
+        place = geometry.place._replace(start=s.start)
+        self.group, self.left = place.of_lanes(vector(tile), self.lane)
+        self.first_group, self.first_left = place.of_lanes(tile, jnp.int32(0))
         self.size = jnp.float32(GROUP)  # elements of a group
         if geometry.ragged:
             self.size = jnp.clip(self.left, 0, GROUP).astype(jnp.float32)

@@ -163,7 +163,7 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
             codes_of(words.at[1][words_of_tile(k)]),
             *(_unsigned(x) for x in (mu_scale[at_mu], nu_scale[at_nu], rows[here])),
         )
-        group, valid, element = _places(chunks, chunk * CHUNK + k)
+        group, valid, element = _places(chunks, s.start, chunk * CHUNK + k)
         update, new, terms = body(
             s, data[here], codes, valid, dither(s.keys, group, element), _picker(picks)
         )
@@ -209,10 +209,12 @@ def _oriented(ref: Any, chunks: Chunks, lane_tile: jax.Array, i: jax.Array) -> j
     return jnp.where((group < chunks.groups) & (lane < chunks.lanes), x, 0.0)
 
 
-def _places(chunks: Chunks, tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _places(
+    chunks: Chunks, start: jax.Array, tile: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Index of the groups, 1 for elements and 0 for padding, index in the group."""
     lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    group, left = chunks.place.of_lanes(tile, lane)
+    group, left = chunks.place._replace(start=start).of_lanes(tile, lane)
     element = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0)
     if not chunks.ragged:
         return group, jnp.ones((GROUP, LANES), jnp.float32), _unsigned(element)

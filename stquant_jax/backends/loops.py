@@ -30,7 +30,7 @@ class Table(NamedTuple):
         return cls(places_of(layout.quantized), tiles, first)
 
     def place(self, leaf: jax.Array) -> Place:
-        return jax.tree.map(lambda column: column[leaf], self.places)
+        return jax.tree.map(lambda x: x if isinstance(x, int) else x[leaf], self.places)
 
 
 def put(buffer: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:

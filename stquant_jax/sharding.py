@@ -1,0 +1,296 @@
+"""Which device has which part of which leaf: meshes and partition specs, given or found out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stquant_jax.layout import Layout
+
+Axes = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """How parameters, and with them the state, are divided among the devices of a mesh.
+
+    Every device keeps the state of its own parts of the leaves, in an arena of its own, and updates
+    them without a word to the others; leaves that are replicated along an axis of the mesh are
+    updated alike along it. Parts that are whole tiles (`stquant.plan` says which are not) have the
+    same bits on any mesh.
+
+    Attributes:
+      mesh: a `jax.sharding.Mesh`, its axes Auto or Explicit.
+      specs: a `PartitionSpec` (or a NamedSharding's, or None for replicated) for every parameter: a
+        tree like the parameters, or one for any branch of it, or one for all.
+      zero_axis: None, or a mesh axis, or several, along which parameters are replicated: their
+        state is split along it, each device updates its part, and the updates are gathered
+        (ZeRO-1, Rajbhandari et al., arXiv 1910.02054). Leaves of which no axis divides into whole
+        tiles keep a replica each.
+
+    Raises:
+      ValueError: not a mesh; axes that it does not have; specs that are none.
+    """
+
+    mesh: Mesh | AbstractMesh
+    specs: Any
+    zero_axis: str | tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.mesh, (Mesh, AbstractMesh)):
+            raise ValueError(f"Sharding(mesh={self.mesh!r}): expected a jax.sharding.Mesh")
+        unknown = set(self.zero_axes) - set(self.mesh.axis_names)
+        if unknown:
+            raise ValueError(
+                f"Sharding(zero_axis={self.zero_axis!r}): expected axes of the mesh, of "
+                f"{self.mesh.axis_names}"
+            )
+        self._by_path()
+
+    @property
+    def zero_axes(self) -> tuple[str, ...]:
+        names = self.zero_axis or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
+
+    @property
+    def explicit(self) -> bool:
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def axes_of(self, path: str, ndim: int) -> Axes:
+        """Of a parameter: the mesh axes that divide each of its axes.
+
+        Raises:
+          ValueError: there is no spec for it, or one of more axes than it has.
+        """
+        fitting = [p for p in self._by_path() if p in ("", path) or path.startswith(f"{p}.")]
+        if not fitting:
+            raise ValueError(f"specs has nothing for leaf {path!r}: expected a PartitionSpec")
+        spec = self._by_path()[max(fitting, key=len)]
+        if len(spec) > ndim:
+            raise ValueError(
+                f"specs has {spec} for leaf {path!r} of {ndim} axes: expected no more entries"
+            )
+        entries = [*spec, *[None] * (ndim - len(spec))]
+        return tuple((x,) if isinstance(x, str) else tuple(x or ()) for x in entries)
+
+    def candidates(self, path: str, shape: tuple[int, ...]) -> list[Axes]:
+        """Divisions of a leaf's state, the best first, the parameter's own last: along
+        ``zero_axis`` too, the longest part first."""
+        axes, sizes = self.axes_of(path, len(shape)), self.sizes
+        used = {name for names in axes for name in names}
+        free = tuple(name for name in self.zero_axes if name not in used)
+        if not free:
+            return [axes]
+
+        def length(i):
+            parts = 1
+            for name in axes[i] + free:
+                parts *= sizes[name]
+            return -1 if shape[i] % parts else shape[i] // parts
+
+        order = sorted(range(len(shape)), key=length, reverse=True)
+        split = [(*axes[:i], axes[i] + free, *axes[i + 1 :]) for i in order if length(i) > 0]
+        return [*split, axes]
+
+    def _by_path(self) -> dict[str, P]:
+        leaves = jax.tree_util.tree_leaves_with_path(
+            self.specs, is_leaf=lambda x: x is None or isinstance(x, (P, NamedSharding))
+        )
+        found = {}
+        for path, spec in leaves:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            spec = P() if spec is None else spec.spec if isinstance(spec, NamedSharding) else spec
+            if not isinstance(spec, P):
+                raise ValueError(
+                    f"Sharding(specs=...) has {type(spec).__name__} at {name or '(root)'!r}: "
+                    "expected a PartitionSpec, a NamedSharding or None"
+                )
+            flat = [
+                n for entry in spec if entry for n in ([entry] if isinstance(entry, str) else entry)
+            ]
+            unknown = set(flat) - set(self.mesh.axis_names)
+            if unknown or len(set(flat)) < len(flat):
+                raise ValueError(
+                    f"Sharding(specs=...) has {spec} at {name or '(root)'!r}: expected axes of the "
+                    f"mesh, of {self.mesh.axis_names}, each once at most"
+                )
+            found[name] = spec
+        return found
+
+
+UNKNOWN = object()
+
+
+def sharding_of(tree: Any) -> Any:
+    """The sharding that arrays, ShapeDtypeStructs or tracers carry: None where all are on one
+    device, `UNKNOWN` where they are on a mesh that leaves it to the compiler.
+
+    Raises:
+      ValueError: leaves on several meshes, or with a sharding that is no NamedSharding.
+    """
+    mesh, specs = None, []
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        found = _named(name, x)
+        if found is UNKNOWN:
+            return UNKNOWN
+        specs.append(found.spec if found else P())
+        if found and mesh is not None and mesh != found.mesh:
+            raise ValueError(
+                f"leaf {name!r} lies on {found.mesh}, others on {mesh}: expected all on one mesh"
+            )
+        mesh = found.mesh if found else mesh
+    if mesh is None:
+        return None
+    return Sharding(mesh, jax.tree.unflatten(jax.tree.structure(tree), specs))
+
+
+def sharding_for(tree: Any, given: Sharding | None) -> Sharding | None:
+    """The sharding that was given, or that of arrays or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: neither tells it.
+    """
+    return Whereabouts(given).at_update(tree)
+
+
+def _named(name: str, x: Any) -> Any:
+    """A leaf's NamedSharding; None if it is on one device, or one device's part already."""
+    traced = isinstance(x, Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        if sharding is None or len(sharding.device_set) == 1:
+            return None
+        raise ValueError(
+            f"leaf {name!r} has a {type(sharding).__name__}: expected a NamedSharding, or the "
+            "argument sharding=stquant.Sharding(mesh, specs)"
+        )
+    mesh = sharding.mesh
+    if mesh.empty:
+        return None
+    types = set(mesh.axis_types)
+    if types == {AxisType.Manual}:
+        return None
+    if traced and types != {AxisType.Explicit}:
+        return UNKNOWN if mesh.size > 1 else None
+    return sharding if mesh.size > 1 or AxisType.Explicit in types else None
+
+
+class Whereabouts:
+    """What an optimizer knows of where its parameters are: what it was told, or what it saw.
+
+    Under jit with Auto axes nothing tells how arrays are divided. What `init` was given outside of
+    jit does, so that is remembered, by the paths and shapes of the leaves.
+    """
+
+    def __init__(self, given: Sharding | None):
+        if given is not None and not isinstance(given, Sharding):
+            raise ValueError(f"sharding={given!r}: expected None or a stquant.Sharding")
+        self._given = given
+        self._seen: dict[Any, Any] = {}
+
+    def at_init(self, tree: Any) -> Sharding | None:
+        if self._given is not None:
+            return self._given
+        found = sharding_of(tree)
+        key = _key(tree)
+        if found is UNKNOWN:
+            return self._remembered(key)
+        seen = self._seen.setdefault(key, found)
+        if not _alike(seen, found):
+            self._seen[key] = UNKNOWN  # which of the two an update is for, it cannot tell
+        return found
+
+    def at_update(self, tree: Any) -> Sharding | None:
+        if self._given is not None:
+            return self._given
+        key = _key(tree)
+        if self._seen.get(key, UNKNOWN) is not UNKNOWN:
+            return self._seen[key]
+        found = sharding_of(tree)
+        return self._remembered(key) if found is UNKNOWN else found
+
+    def _remembered(self, key: Any) -> Sharding | None:
+        found = self._seen.get(key, UNKNOWN)
+        if found is UNKNOWN:
+            raise ValueError(
+                "sharding=None, but the arrays lie on a mesh with Auto axes, which does not tell "
+                "under jit how they are divided: expected sharding=stquant.Sharding(mesh, specs), "
+                "with specs=PartitionSpec() if all are replicated; or one call of init outside of "
+                "jit, on the sharded parameters themselves"
+            )
+        return found
+
+
+def _key(tree: Any) -> Any:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return tuple((jax.tree_util.keystr(path), getattr(x, "shape", None)) for path, x in leaves)
+
+
+def _alike(a: Sharding | None, b: Sharding | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.mesh == b.mesh and a._by_path() == b._by_path()
+
+
+def per_device(f: Callable, sharding: Sharding | None, in_specs: Any, out_specs: Any) -> Callable:
+    """``f`` on every device's own parts; without a sharding, ``f``."""
+    if sharding is None:
+        return f
+    mapped = jax.shard_map(
+        f,
+        mesh=sharding.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,  # replicas compute alike what it could not prove to be alike
+    )
+    if not sharding.explicit:
+        return mapped
+
+    def placed(x, spec):
+        return jax.tree.map(
+            lambda x: jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec)), x
+        )
+
+    def call(*args):
+        is_spec = lambda x: isinstance(x, P)  # noqa: E731
+        return mapped(
+            *jax.tree.map(lambda spec, x: placed(x, spec), in_specs, args, is_leaf=is_spec)
+        )
+
+    return call
+
+
+def spec_of(axes: Axes) -> P:
+    """The spec that divides each axis of an array along these axes of the mesh."""
+    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def part_specs(layout: Layout) -> list[P]:
+    """How each leaf's state, and with it the gradient, is divided."""
+    return [spec_of(leaf.axes) for leaf in layout.leaves]
+
+
+def whole_replicas(
+    leaves: Sequence[jax.Array], layout: Layout, sharding: Sharding
+) -> list[jax.Array]:
+    """Arrays divided as the parameters are, of ones divided as the state is, along the zero axis
+    too."""
+    out = []
+    for x, leaf in zip(leaves, layout.leaves, strict=True):
+        axes = sharding.axes_of(leaf.path, len(leaf.shape))
+        if leaf.axes != axes:
+            want = NamedSharding(sharding.mesh, spec_of(axes))
+            constrain = jax.sharding.reshard if sharding.explicit else lax.with_sharding_constraint
+            x = constrain(x, want)
+        out.append(x)
+    return out
