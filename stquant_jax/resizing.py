@@ -36,7 +36,7 @@ def resize(
 
     What grows loses nothing, decoded moments stay the same to the bit; what shrinks is rounded
     anew. Slots keep their windows, also under a `Fixed` that names another: it is for their first
-    codes. Statistics go on, but for the averages of leaves that changed.
+    codes. Statistics are renewed and go on, but for the averages of leaves that changed.
 
     Args:
       state: a `ScaleByAdamQState`, or an optimizer's state that holds one; concrete, on the host.
@@ -95,6 +95,8 @@ def _resized(
     packed = packed._replace(arena=packed.arena[:capacity])
 
     changed = (new_widths != widths) | (new_windows != windows)
-    observed = forget(old.precision.observed, jnp.asarray(changed[MU::2] | changed[NU::2]))
-    schedule = PrecisionState(plan, observed, precision.first_memory(slots))
+    # Nothing of the old codes stays in the tally.
+    _, observed, tally, _ = old.precision.renewed(old.count)
+    observed = forget(observed, jnp.asarray(changed[MU::2] | changed[NU::2]))
+    schedule = PrecisionState(plan, observed, tally, precision.first_memory(slots))
     return ScaleByAdamQState(old.count, *packed, exact=old.exact, precision=schedule)

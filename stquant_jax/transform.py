@@ -2,10 +2,12 @@
 first.
 
     gradients -> tiles -> decode -> rule -> encode -> planes -> arena, updates     every step
-    sums -> averages -> policy -> plan -> repack                                   every K steps
+    statistics -> tally                                                            every step
+    tally -> averages -> policy -> plan -> repack                                  every K steps
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +22,9 @@ from stquant_jax.checks import check_hyperparameters, check_precision, check_sta
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import layout_for, rows_for, slots_for
-from stquant_jax.precision import Budget, Policy, PrecisionState
-from stquant_jax.precision.statistics import observe
+from stquant_jax.precision import Budget, Policy, PrecisionState, Sums
+from stquant_jax.precision.statistics import INTERVAL, aged
+from stquant_jax.precision.tally import add
 from stquant_jax.rules import Adam, AdamScalars
 
 
@@ -138,15 +141,8 @@ def scale_by_adam_q(
             layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
         )
         decays = scalars.b1, scalars.b2
-        observed = observe(state.precision.observed, sums, plan.widths[1::2], decays, count)
-        packed, schedule = _adapt(
-            layout,
-            storage,
-            precision,
-            decays,
-            count,
-            packed,
-            state.precision._replace(observed=observed),
+        packed, schedule = _refresh(
+            layout, storage, precision, decays, count, packed, sums, state.precision
         )
         exact, moments = _update_exact(
             layout, storage, rule, scalars, count, exact, state.exact, to_exact
@@ -181,25 +177,42 @@ def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
     )
 
 
-def _adapt(
+def _refresh(
     layout: Layout,
     storage: Storage,
     precision: Policy,
     decays: tuple[jax.Array, jax.Array],
     count: jax.Array,
     packed: rows.Packed,
+    sums: Sums,
     state: PrecisionState,
+    axes: tuple[str, ...] = (),
+    counted: jax.Array | None = None,
 ) -> tuple[rows.Packed, PrecisionState]:
-    """Every ``interval`` steps the policy decides on a new plan, to which the arena is repacked."""
-    if precision.interval is None or not layout.quantized:
+    """Statistics are tallied. Every ``interval`` steps the tally is taken into what is observed,
+    and the policy decides on a new plan, to which the arena is repacked; where plans never change,
+    the former is all.
+
+    Args:
+      axes: of the mesh, whose devices have a part of the tally each: only then do they meet.
+      counted: bool[leaves], False for what another device tallies; None for nothing.
+    """
+    if not layout.quantized:
         return packed, state
+    tiles = tuple(leaf.tiles for leaf in layout.quantized)
+    tally = add(state.tally, aged(sums, decays, count), decays, tiles, counted)
+    state = state._replace(tally=tally)
+    due = count % (precision.interval or INTERVAL) == 0
+    if precision.interval is None:
+        observe = partial(PrecisionState.renewed, count=count, axes=axes)
+        return packed, jax.lax.cond(due, observe, lambda state: state, state)
     slots = slots_for(layout, precision)
 
     def decide(packed, state):
+        state = state.renewed(count, axes)
         new = precision.decide(slots, packed.arena.shape[0], state, decays, count)
         return repack(layout, storage, count, packed, state.plan, new.plan), new
 
-    due = count % precision.interval == 0
     return jax.lax.cond(due, decide, lambda packed, state: (packed, state), packed, state)
 
 
