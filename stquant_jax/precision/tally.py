@@ -103,22 +103,26 @@ def cleared(tally: Tally) -> Tally:
 
 def _leaf_sums(x: jax.Array, tiles: tuple[int, ...]) -> jax.Array:
     """float32[statistics, tiles] -> uint32[8, statistics, leaves], digits below 2**16."""
-    pieces = [min(_ADDENDS, n - start) for n in tiles for start in range(0, n, _ADDENDS)]
-    leaf = np.repeat(np.arange(len(tiles)), [-(-n // _ADDENDS) for n in tiles])
-    sums = _carried(_stretches(x, pieces))
+    pieces = [
+        (leaf, min(_ADDENDS, n - start))
+        for leaf, n in enumerate(tiles)
+        for start in range(0, max(n, 1), _ADDENDS)
+    ]
+    leaf, sizes = np.array(pieces, int).reshape(-1, 2).T
+    sums = _carried(_stretches(x, sizes))
     if len(pieces) == len(tiles):
         return sums
     sums = jax.ops.segment_sum(jnp.moveaxis(sums, -1, 0), jnp.asarray(leaf), len(tiles))
     return _carried(jnp.moveaxis(sums, 0, -1))
 
 
-def _stretches(x: jax.Array, sizes: list[int]) -> jax.Array:
+def _stretches(x: jax.Array, sizes: np.ndarray) -> jax.Array:
     """Digits of float32[..., tiles] added up over consecutive stretches, uint32[8, ..., stretches].
 
     A stretch is the difference of what there is up to its ends, of which each is whole blocks and a
     part of one. Integers wrap around, so that only the difference has to fit.
     """
-    ends = np.cumsum([0, *sizes])
+    ends = np.cumsum(np.append(0, sizes))
     block, rest = (jnp.asarray(part) for part in np.divmod(ends, _BLOCK))
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, _BLOCK - ends[-1] % _BLOCK)])
     x = x.reshape(*x.shape[:-1], -1, _BLOCK)
