@@ -197,7 +197,7 @@ def _refresh(
       axes: of the mesh, whose devices have a part of the tally each: only then do they meet.
       counted: bool[leaves], False for what another device tallies; None for nothing.
     """
-    if not layout.quantized:
+    if not state.tally:
         return packed, state
     tiles = tuple(leaf.tiles for leaf in layout.quantized)
     tally = add(state.tally, aged(sums, decays, count), decays, tiles, counted)

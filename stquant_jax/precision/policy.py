@@ -45,7 +45,7 @@ class PrecisionState(NamedTuple):
 
     plan: Plan
     observed: Observed
-    tally: Tally  # of the steps since then
+    tally: Tally | tuple[()]  # of the steps since then; () where nothing is quantized
     memory: Any  # the policy's own arrays, a NamedTuple
 
     @property
@@ -60,6 +60,8 @@ class PrecisionState(NamedTuple):
           axes: of the mesh, as for `stquant_jax.precision.tally.total`.
         """
         tally, nu_widths = self.tally, self.plan.widths[1::2]
+        if not tally:
+            return self
         sums = total(tally, axes)
         decays = tally.decays[0], tally.decays[1]
         observed = observe(self.observed, sums, tally.steps, nu_widths, decays, count)
@@ -141,7 +143,7 @@ class Policy:
                 jnp.asarray(np.where(mu, np.float32(0), shrinkage)),
             ),
             nothing_observed(leaves),
-            nothing_tallied(leaves),
+            nothing_tallied(leaves) if leaves else (),
             self.first_memory(slots),
         )
 
