@@ -57,10 +57,12 @@ STAGES = {
     "to_code": "casts of codes",
     "terms_of": "statistics",
     "in_turn": "statistics",
-    "observe": "averages",
+    "aged": "statistics",
+    "add": "tally",
+    "renewed": "averages",
     "prepare": "rule",
     "_update_exact": "exact leaves",
-    **dict.fromkeys(("_adapt", "decide", "halve", "widen"), "decide and repack"),
+    **dict.fromkeys(("_refresh", "decide", "halve", "widen"), "decide and repack"),
 }
 # Functions that only hold others: what is theirs alone goes by these names.
 HOLDERS = {"update": "set-up", "step": "set-up"}

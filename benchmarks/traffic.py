@@ -66,16 +66,18 @@ def extra_bytes(backend: str, gradient: float = 4, param: float | None = None) -
       a chunk at a time, in cache.
     * TPU: rows of nu are bytes in the state and int32 in the kernel; XLA converts them before and
       after.
-    * GPU: 16 statistics of each tile are written, and summed by XLA.
+    * All: up to 16 statistics of each tile are written, and tallied by XLA.
     """
+    statistics = 2 * 16 * 4 / TILE
     if backend == "xla":
         if param is None:
-            return 4 * gradient
-        return (gradient + 4) + (4 + 4) + (4 + 2 * param) - (gradient + 2 * param)
+            return 4 * gradient + statistics
+        buffer = (gradient + 4) + (4 + 4) + (4 + 2 * param) - (gradient + 2 * param)
+        return buffer + statistics
     if backend == "pallas_tpu":
-        return (2 * (1 + 4) + 2 * 4 - 2 * 1) * GROUP / TILE
+        return (2 * (1 + 4) + 2 * 4 - 2 * 1) * GROUP / TILE + statistics
     if backend == "pallas_gpu":
-        return 2 * 16 * 4 / TILE
+        return statistics
     raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
 
 

@@ -153,7 +153,7 @@ def observe_run(cfg: Config) -> tuple[Records, list[str]]:
     @jax.jit
     def steps(run, keys):
         run, (statistics, loss) = jax.lax.scan(step, run, keys)
-        plan, observed, _ = run.state.precision
+        plan, observed, *_ = run.state.precision.renewed(run.state.count)
         sums = observed.sums
         error = distortion(observed, plan.widths[1::2]).reshape(-1, len(MOMENTS))
         error *= (sums.energy / sums.elements)[:, None]

@@ -1,5 +1,6 @@
 """Where the elements of a tile lie in their leaf: what noise is seeded by, and what is padding."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from stquant_jax.layout import Cut, Leaf
+from stquant_jax.layout import Cut, Layout, Leaf
 from stquant_jax.planes import GROUP, LANES
 
 Number = Any  # an int, or an int32 array
@@ -93,6 +94,23 @@ def start_of(cut: Cut | None) -> Number:
         for names, step in zip(cut.axes, cut.steps, strict=True)
         if names
     )
+
+
+def counted_leaves(layout: Layout) -> jax.Array | None:
+    """bool[leaves]: of the devices that have the same part of a leaf, one is to count it. None if
+    all parts differ."""
+    replicated = [
+        [name for name in layout.axes if not any(name in names for names in leaf.axes)]
+        for leaf in layout.quantized
+    ]
+    if not any(replicated):
+        return None
+    first = {name: lax.axis_index(name) == 0 for name in layout.axes}
+    counts = [
+        functools.reduce(jnp.logical_and, [first[name] for name in names], jnp.array(True))
+        for names in replicated
+    ]
+    return jnp.stack(counts)
 
 
 def exact_elements(leaves: Sequence[Leaf]) -> jax.Array:

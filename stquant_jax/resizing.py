@@ -23,7 +23,7 @@ from stquant_jax.precision.policy import DEFAULT_SHRINKAGE
 from stquant_jax.precision.slots import MU, NU
 from stquant_jax.precision.statistics import forget
 from stquant_jax.sharding import Sharding, per_device, sharding_for
-from stquant_jax.transform import ScaleByAdamQState, state_specs
+from stquant_jax.transform import ScaleByAdamQState, state_shardings_of, state_specs
 
 
 def resize(
@@ -37,7 +37,7 @@ def resize(
 
     What grows loses nothing, decoded moments stay the same to the bit; what shrinks is rounded
     anew. Slots keep their windows, also under a `Fixed` that names another: it is for their first
-    codes. Statistics go on, but for the averages of leaves that changed.
+    codes. Statistics are renewed and go on, but for the averages of leaves that changed.
 
     Args:
       state: a `ScaleByAdamQState`, or an optimizer's state that holds one; concrete, on the host.
@@ -110,6 +110,11 @@ def _resized(
     packed = moved(packed, old.count, old.precision.plan)
 
     changed = (new_widths != widths) | (new_windows != windows)
-    observed = forget(old.precision.observed, jnp.asarray(changed[MU::2] | changed[NU::2]))
-    schedule = PrecisionState(plan, observed, precision.first_memory(slots))
-    return ScaleByAdamQState(old.count, *packed, exact=old.exact, precision=schedule)
+    # Nothing of the old codes stays in the tally.
+    _, observed, tally, _ = old.precision.renewed(old.count)
+    observed = forget(observed, jnp.asarray(changed[MU::2] | changed[NU::2]))
+    schedule = PrecisionState(plan, observed, tally, precision.first_memory(slots))
+    new = ScaleByAdamQState(old.count, *packed, exact=old.exact, precision=schedule)
+    if sharding is None:
+        return new
+    return jax.device_put(new, state_shardings_of(new, layout, sharding))

@@ -38,7 +38,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ValueError: the state holds no `ScaleByAdamQState`, or several.
     """
     state = find_state(state)
-    plan, observed, memory = state.precision
+    plan, observed, _, memory = state.precision.renewed(state.count)
     sums = observed.sums
     told = {
         "count": state.count,

@@ -2,7 +2,8 @@
 first.
 
     gradients -> tiles -> decode -> rule -> encode -> planes -> arena, updates     every step
-    sums -> averages -> policy -> plan -> repack                                   every K steps
+    statistics -> tally                                                            every step
+    tally -> averages -> policy -> plan -> repack                                  every K steps
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
@@ -20,10 +22,12 @@ from stquant_jax.apply import Apply, apply_exact
 from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_state
 from stquant_jax.layout import Layout, Storage
+from stquant_jax.places import counted_leaves
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
-from stquant_jax.precision import Budget, Policy, PrecisionState
-from stquant_jax.precision.statistics import observe
+from stquant_jax.precision import Budget, Policy, PrecisionState, Sums
+from stquant_jax.precision.statistics import INTERVAL, aged
+from stquant_jax.precision.tally import Tally, add
 from stquant_jax.rules import Adam, AdamScalars
 from stquant_jax.sharding import (
     Sharding,
@@ -208,8 +212,22 @@ def state_specs(layout: Layout) -> ScaleByAdamQState:
         nu_scale=by_device,
         nu_row=by_device,
         exact=spec_of(((), layout.axes)),  # pyright: ignore[reportArgumentType]
-        precision=same,
+        precision=PrecisionState(
+            plan=same,
+            observed=same,
+            tally=Tally(by_device, same, same) if layout.quantized else (),
+            memory=same,
+        ),
     )
+
+
+def state_shardings_of(state: Any, layout: Layout, sharding: Sharding) -> Any:
+    """A NamedSharding for every array of a state, or ShapeDtypeStruct."""
+
+    def of(spec, part):
+        return jax.tree.map(lambda _: NamedSharding(sharding.mesh, spec), part)
+
+    return jax.tree.map(of, state_specs(layout), state, is_leaf=lambda x: isinstance(x, P))
 
 
 def _update(
@@ -233,15 +251,8 @@ def _update(
         layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
     )
     decays = scalars.b1, scalars.b2
-    observed = observe(state.precision.observed, sums, plan.widths[1::2], decays, count)
-    packed, schedule = _adapt(
-        layout,
-        storage,
-        precision,
-        decays,
-        count,
-        packed,
-        state.precision._replace(observed=observed),
+    packed, schedule = _refresh(
+        layout, storage, precision, decays, count, packed, sums, state.precision
     )
     exact, moments = _update_exact(
         layout, storage, rule, scalars, count, exact, state.exact, to_exact
@@ -250,25 +261,37 @@ def _update(
     return updates, ScaleByAdamQState(count, *packed, exact=moments, precision=schedule)
 
 
-def _adapt(
+def _refresh(
     layout: Layout,
     storage: Storage,
     precision: Policy,
     decays: tuple[jax.Array, jax.Array],
     count: jax.Array,
     packed: rows.Packed,
+    sums: Sums,
     state: PrecisionState,
 ) -> tuple[rows.Packed, PrecisionState]:
-    """Every ``interval`` steps the policy decides on a new plan, to which the arena is repacked."""
-    if precision.interval is None or not layout.quantized:
+    """Statistics are tallied. Every ``interval`` steps the tally is taken into what is observed,
+    and the policy decides on a new plan, to which the arena is repacked; where plans never change,
+    the former is all. Only then do devices meet.
+    """
+    if not state.tally:
         return packed, state
+    tiles, axes = tuple(leaf.tiles for leaf in layout.quantized), layout.axes
+    sums = aged(sums, decays, count)
+    tally = add(state.tally, sums, decays, tiles, counted_leaves(layout))
+    state = state._replace(tally=tally)
+    due = count % (precision.interval or INTERVAL) == 0
+    if precision.interval is None:
+        observe = partial(PrecisionState.renewed, count=count, axes=axes)
+        return packed, jax.lax.cond(due, observe, lambda state: state, state)
     slots, free = slots_for(layout, precision), rows_for(layout, precision)
 
     def decide(packed, state):
+        state = state.renewed(count, axes)
         new = precision.decide(slots, free, state, decays, count)
         return repack(layout, storage, count, packed, state.plan, new.plan), new
 
-    due = count % precision.interval == 0
     return jax.lax.cond(due, decide, lambda packed, state: (packed, state), packed, state)
 
 

@@ -261,9 +261,9 @@ def step(g, old: Codes, where: Place, adam: Adam, slot: Slot, count) -> tuple[np
 
 def statistics(
     g, old: Codes, new: Codes, where: Place, adam: Adam, slot: Slot, count
-) -> dict[str, float]:
+) -> dict[str, np.ndarray]:
     """Sums over the row in turn of every tile, of groups that are neither zero nor not finite: what
-    it did to the update that ``new`` is stored in place of the exact moments."""
+    it did to the update that ``new`` is stored in place of the exact moments, float[tiles]."""
     b1, b2 = (float(np.float32(x)) for x in adam[:2])
     inside = where.element >= 0
     with np.errstate(all="ignore"):
@@ -294,6 +294,6 @@ def statistics(
     }
     turn = count % GROUP
     return {
-        name: float(np.sum(np.where(living, x, 0)[:, turn].astype(float)))
+        name: np.sum(np.where(living, x, 0)[:, turn].astype(float), axis=-1)
         for name, x in values.items()
     }

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stquant_jax as stquant
 from stquant_jax import arena as rows
 from stquant_jax.backends import loops, xla
+from stquant_jax.codecs import lane_sum
 from stquant_jax.layout import Storage
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Fixed, Sums, statistics
+from stquant_jax.precision.statistics import INTERVAL
 from stquant_jax.rules import Adam
 from tests import common, oracle
 from tests import oracle_storage as storage
@@ -22,7 +25,7 @@ WINDOW = 3
 
 
 def fused(g, state, b1, b2):
-    """Sums [leaves] of one step of the backend, and its updates."""
+    """Sums [tiles] of one step of the backend, and its updates."""
     rule, count = Adam(), state.count + 1
     scalars = rule.prepare(b1, b2, 1e-8, 0.0, count)
     packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
@@ -36,9 +39,19 @@ def sums_of(g, state, decays):
     return fused(g, state, *decays)[2]
 
 
+def by_leaf(x):
+    """[tiles] -> name of a leaf -> its tiles'."""
+    return dict(zip(PLACES, np.split(np.asarray(x), LAYOUT.first_tile[1:]), strict=True))
+
+
+def renewed(state):
+    """What is observed, the last steps included."""
+    return state.precision.renewed(state.count).observed
+
+
 @pytest.mark.parametrize(("mu", "nu"), [(2, 0), (3, 2), (4, 1), (5, 4), (8, 8)])
 def test_sums(mu, nu):
-    """Of the row in turn, from the codes that the step leaves."""
+    """Of the row in turn of each tile, from the codes that the step leaves."""
     adam = oracle.Adam(b1=0.9, b2=0.99)
     state = common.init(common.zeros(), mu, nu, WINDOW)
     for count in range(1, 34):
@@ -46,7 +59,7 @@ def test_sums(mu, nu):
         _, state = common.update(g, state, adam.b1, adam.b2)
         if count not in (1, 3, 31, 32, 33):
             continue
-        got = sums_of(g, before, np.float32(adam[:2]))
+        got = {k: by_leaf(x) for k, x in sums_of(g, before, np.float32(adam[:2]))._asdict().items()}
         old, new = read(before), read(state)
         for i, (name, place) in enumerate(PLACES.items()):
             x = storage.to_tiles(np.asarray(g[name], float), place)
@@ -55,39 +68,65 @@ def test_sums(mu, nu):
             want = oracle.statistics(x, old[name], new[name], place, adam, slot, count)
             assert want.keys() == set(Sums._fields)
             for field, value in want.items():
-                here = float(getattr(got, field)[i])
+                here = got[field][name]
                 np.testing.assert_allclose(here, value, 2e-3, 1e-9, err_msg=f"{field} {count}")
 
 
 def test_every_element_has_its_turn():
     """In 32 steps each is counted once."""
     state = common.init(common.zeros())
-    elements = np.zeros(len(PLACES))
+    elements = np.zeros(LAYOUT.tiles)
     for count in range(1, 33):
         g = common.gaussian(seed=count)
         elements += sums_of(g, state, np.float32([0.9, 0.999])).elements
         _, state = common.update(g, state)
-    sizes = [int(np.sum(place.element >= 0)) for place in PLACES.values()]
-    padding = [  # of groups that an element is in, where the layout cannot tell
-        int(np.sum((place.element < 0) & (place.element >= 0).any(-2, keepdims=True)))
-        for place in PLACES.values()
-    ]
-    for got, size, more in zip(elements, sizes, padding, strict=True):
-        assert size <= got <= size + more
-    assert elements[list(PLACES).index("tile")] == 128 * 32
+    for name, got in by_leaf(elements).items():
+        inside = PLACES[name].element >= 0
+        # of groups that an element is in, where the layout cannot tell
+        padding = ~inside & inside.any(-2, keepdims=True)
+        size, more = (np.sum(x, axis=(-2, -1)) for x in (inside, padding))
+        assert np.all(size <= got) and np.all(got <= size + more)
+    assert by_leaf(elements)["tile"].tolist() == [128 * 32]
+
+
+def test_tiles_that_only_align():
+    """They count for nothing."""
+    layout = layout_for(common.zeros(), Fixed(), Storage(row_alignment=8))
+    tx = stquant.scale_by_adam_q(precision=Fixed(), storage=Storage(row_alignment=8))
+    state, rule = tx.init(common.zeros()), Adam()
+    packed = rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
+    grads, _ = layout.split(jax.tree.leaves(common.gaussian()))
+    scalars, count = rule.prepare(0.9, 0.999, 1e-8, 0.0, jnp.int32(1)), jnp.int32(1)
+    args = rule, scalars, count, [jnp.asarray(g) for g in grads], packed, state.precision.plan
+    _, _, sums = jax.jit(partial(xla.step, layout, Storage(), rule))(*args[1:])
+    counted = np.split(np.asarray(sums.elements), layout.first_tile[1:])
+    for name, elements in zip(PLACES, counted, strict=True):
+        real = len(PLACES[name].element)
+        assert np.all(elements[:real] > 0) and not elements[real:].any()
+        assert len(elements) == -(-real // 8) * 8
+    assert all(np.all(np.isfinite(x)) for x in sums)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_the_chunk_does_not_matter(chunk, monkeypatch):
-    """The sums are the same whatever number of tiles is computed together."""
+    """The sums are the same to the bit, whatever number of tiles is computed together."""
     state, g = common.init(common.zeros()), common.gaussian()
     _, state = common.update(g, state)
     decays = np.float32([0.9, 0.999])
     want = sums_of(g, state, decays)
     monkeypatch.setattr(loops, "CHUNK", chunk)
-    got = jax.jit(lambda g, state: fused(g, state, *decays)[2])(g, state)
+    got = jax.jit(lambda g, state, decays: fused(g, state, *decays)[2])(g, state, decays)
     for x, y in zip(got, want, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)
+        np.testing.assert_array_equal(x, y)
+
+
+def test_lanes_by_halves():
+    """In this order and no other: x[i] + x[i + 64], then 32, 16, 8, 4, 2, 1 apart."""
+    x = want = np.float32(np.exp2(9 * np.random.default_rng(0).standard_normal((3, 1, 128))))
+    while want.shape[-1] > 1:
+        half = want.shape[-1] // 2
+        want = want[..., :half] + want[..., half:]
+    np.testing.assert_array_equal(jax.jit(lane_sum)(x), want[:, 0, 0])
 
 
 def test_averages_survive_gradients_that_are_not_finite():
@@ -98,20 +137,43 @@ def test_averages_survive_gradients_that_are_not_finite():
     bad["embed"][:] = np.inf
     for step in range(4):
         _, state = common.update(common.gaussian(seed=step), state)
-    before = state.precision.observed
+    before = renewed(state)
     _, state = common.update(bad, state)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.precision.observed))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(renewed(state)))
     nothing = {name: np.full_like(x, np.nan) for name, x in bad.items()}
     for g in (nothing, bad, common.gaussian(seed=9)):
         _, state = common.update(g, state)
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.precision.observed))
-    assert np.all(state.precision.observed.weight >= before.weight)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(renewed(state)))
+    assert np.all(renewed(state).weight > before.weight)
+
+
+def test_renewed_in_time():
+    """Without a policy that asks for it, every hundred steps: the tally is empty again."""
+    state = common.init(common.zeros(common.TILE))
+    for step in range(INTERVAL + 1):
+        before = state
+        _, state = common.update(common.gaussian(common.TILE, seed=step), state)
+        assert int(state.precision.tally.steps) == (step + 1) % INTERVAL
+        if step + 1 == INTERVAL:
+            weight = np.asarray(state.precision.observed.weight)
+            np.testing.assert_allclose(weight, 1 - (63 / 64) ** INTERVAL, rtol=1e-5)
+        else:
+            same = jax.tree.map(np.array_equal, state.precision[1], before.precision[1])
+            assert all(jax.tree.leaves(same))
+    assert np.all(renewed(state).weight > weight)
 
 
 # --- averages and estimates ---
 
 DECAYS = (0.9, 0.99)
-observe = jax.jit(partial(statistics.observe, decays=tuple(map(jnp.float32, DECAYS))))
+observe_many = jax.jit(partial(statistics.observe, decays=tuple(map(jnp.float32, DECAYS))))
+
+
+def observe(old, sums, nu_widths, count):
+    """One step, as it comes from the backend."""
+    decays = tuple(map(jnp.float32, DECAYS))
+    sums = statistics.aged(sums, decays, jnp.asarray(count))
+    return observe_many(old, sums, jnp.int32(1), nu_widths, count=count)
 
 
 def constant(**values):
@@ -137,6 +199,33 @@ def test_moving_averages():
         average, weight = 63 / 64 * average + x / 64, 63 / 64 * weight + 1 / 64
         np.testing.assert_allclose(observed.sums.gradient, average / weight, rtol=1e-5)
     np.testing.assert_allclose(after(20, constant(nu=3.0)).sums.nu, 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 7, 300])
+@pytest.mark.parametrize("widths", [(4, 4), (0, 4)])
+def test_many_steps_at_once(start, widths):
+    """As one after the other, of statistics that do not change."""
+    sums = constant(mu_error=0.02, nu_error=0.03, spread=0.3, saturated=0.1, gradient=2.0)
+    old, widths = after(start, constant(mu_error=0.01, nu_error=0.02), widths), jnp.array(widths)
+    old = statistics.forget(old, jnp.array([True, True]))
+    for steps in (1, 2, 50):
+        want, count = old, start + steps
+        for t in range(start + 1, count + 1):
+            want = observe_many(want, sums, jnp.int32(1), widths, count=jnp.int32(t))
+        got = observe_many(old, sums, jnp.int32(steps), widths, count=jnp.int32(count))
+        for name, x, y in zip(got._fields, got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-4, err_msg=f"{name} {steps}")
+
+
+def test_no_steps_at_all():
+    """Nothing changes, whatever the sums are; not at the very start either, without decays."""
+    old = after(30, constant(mu_error=0.02), widths=(0, 4))
+    none = jnp.int32(0)
+    got = observe_many(old, constant(nu=9.0), none, jnp.array([4, 4]), count=jnp.int32(30))
+    jax.tree.map(np.testing.assert_array_equal, got, old)
+    first, zero = statistics.nothing_observed(2), jnp.float32(0)
+    got = statistics.observe(first, constant(), none, jnp.array([4, 0]), (zero, zero), none)
+    jax.tree.map(np.testing.assert_array_equal, got, first)
 
 
 @pytest.mark.parametrize("moment", [0, 1])
@@ -189,17 +278,6 @@ def test_forgetting():
     np.testing.assert_allclose(again.sums.gradient[0], 5.0, rtol=1e-5)
 
 
-def test_sums_that_are_not_finite():
-    """Their leaf keeps its averages, the other one goes on."""
-    before = after(50, constant(gradient=1.0))
-    bad = constant(gradient=2.0)
-    bad = bad._replace(energy=jnp.array([np.inf, 1.0]))
-    observed = after(1, bad, observed=before, start=50)
-    np.testing.assert_array_equal(observed.averages[:, 0], before.averages[:, 0])
-    assert observed.sums.gradient[1] > 1.0
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(observed))
-
-
 def test_nothing_measured():
     """Gradients that are zero, from the first step on: no error, no division by zero."""
     observed = after(10, constant(energy=0.0))
@@ -218,5 +296,5 @@ def test_moments_that_fade_to_zero():
     decoded = common.decode(state, common.zeros())
     asleep = np.asarray(decoded.mu["tile"])[:64] == 0
     assert asleep.all() and (np.asarray(decoded.nu["tile"])[:64] > 0).all()
-    weight = np.asarray(state.precision.observed.weight)
+    weight = np.asarray(renewed(state).weight)
     np.testing.assert_allclose(weight, 1 - (63 / 64) ** 80, rtol=1e-4)

@@ -347,7 +347,8 @@ class Tile:
         mu_scale: jax.Array,
         sums: Any,
     ) -> None:
-        """Statistics of the row in turn, summed over the lanes."""
+        """Statistics of the row in turn, summed over the lanes: in the order in which warps do it,
+        not by halves, for which lanes would have to read one another's terms."""
         s, i = self.s, self.s.turn
         e = self.scratch.mu[i]
         q = quantized(e, gain, s.lev, self.noise(i, self.group).mu)

@@ -28,6 +28,7 @@ from pallas_kernels.tpu.planes import (
 )
 from stquant_jax.apply import apply_block
 from stquant_jax.arena import Packed
+from stquant_jax.codecs import by_halves
 from stquant_jax.noise import dither, rounding_bits
 from stquant_jax.planes import GROUP, LANES, codes_of, words_of
 
@@ -58,7 +59,8 @@ def update_leaf(
         their rounding to bfloat16.
 
     Returns:
-      The update, what is stored, and the sum of terms over tiles, float32[terms, 128].
+      The update, what is stored, and the terms of each tile summed over its lanes, by halves:
+      float32[chunks, terms, tiles].
     """
     steps = chunks.grid[1]
 
@@ -77,6 +79,7 @@ def update_leaf(
         by_chunk(CHUNK, LANES),
         by_chunk(1, 1, ROWS),
     ]
+    of_tiles = pl.BlockSpec((1, 1, LANES), lambda lane_tile, i, *_: (lane_tile * steps + i, 0, 0))
     matrices = [g] if params is None else [g, params]
     varying = jax.typeof(g).manual_axis_type  # inside of shard_map
 
@@ -89,13 +92,13 @@ def update_leaf(
         out_shape=[
             like(matrices[-1]),
             *map(like, stored),
-            like(jax.ShapeDtypeStruct((SUMS, LANES), jnp.float32)),
+            like(jax.ShapeDtypeStruct((chunks.tiles // CHUNK, 1, LANES), jnp.float32)),
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(numbers),
             grid=chunks.grid,
             in_specs=[*[chunks.block] * len(matrices), *spaces],
-            out_specs=[chunks.block, *spaces, pl.BlockSpec((SUMS, LANES), lambda *_: (0, 0))],
+            out_specs=[chunks.block, *spaces, of_tiles],
             scratch_shapes=[
                 *(BUFFER, SEMAPHORES, BUFFER, SEMAPHORES, WORDS),
                 block,  # gradients in, updates out
@@ -103,6 +106,7 @@ def update_leaf(
                 pltpu.VMEM((ROWS, LANES), jnp.int32),  # rows of nu
                 pltpu.VMEM((_BYTES, LANES), jnp.int32),  # scales of mu
                 pltpu.VMEM((CHUNK, LANES), jnp.int32),  # and of nu
+                pltpu.VMEM((SUMS * CHUNK, LANES), jnp.float32),  # terms, by kind and tile
                 pltpu.VMEM((_PICKS, GROUP, LANES), jnp.float32),
             ],
         ),
@@ -114,7 +118,7 @@ def update_leaf(
         interpret=interpret,
         name="stquant_update",
     )(*numbers, *matrices, *stored)
-    return update, Packed(*stored_), sums
+    return update, Packed(*stored_), sums.reshape(-1, SUMS, CHUNK)
 
 
 def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
@@ -122,7 +126,8 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
     params_in, refs = (refs[0], refs[1:]) if applied else (None, refs)
     _, mu_scale_in, nu_scale_in, nu_row_in, *refs = refs
     out, arena, mu_scale_out, nu_scale_out, nu_row_out, sums, *refs = refs
-    read, read_sem, write, write_sem, words, data, params, rows, mu_scale, nu_scale, picks = refs
+    read, read_sem, write, write_sem, words, data, params, rows, *refs = refs
+    mu_scale, nu_scale, kept, picks = refs
 
     lane_tile, i = pl.program_id(0), pl.program_id(1)
     chunk = lane_tile * chunks.grid[1] + i  # of the leaf
@@ -134,7 +139,6 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
     @pl.when(chunk == 0)
     def _():
         reads.start(chunk)
-        sums[...] = jnp.zeros_like(sums)
 
     @pl.when(chunk < last)
     def _():
@@ -176,7 +180,7 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
             words.at[moment][words_of_tile(k)] = words_of(new[moment])
         mu_scale[at_mu], nu_scale[at_nu], rows[here] = (_signed(x) for x in new[2:])
         for i, term in enumerate(terms):
-            sums[i : i + 1] += term
+            kept[pl.ds(CHUNK * i + k, 1)] = term
 
     @pl.when(chunk >= 2)
     def _():
@@ -187,6 +191,7 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
     mu_scale_out[...] = mu_scale[...].astype(mu_scale_out.dtype)
     nu_scale_out[...] = nu_scale[...].astype(nu_scale_out.dtype)
     nu_row_out[0] = rows[...].T[:1]
+    sums[0] = by_halves(jnp.add, kept[...].T)
     out[...] = (data[...].T if chunks.transposed else data[...]).astype(out.dtype)
 
     @pl.when(chunk == last)

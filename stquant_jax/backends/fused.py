@@ -114,8 +114,13 @@ class Sample(NamedTuple):
     nu_code: jax.Array
 
 
+def no_sums() -> Sums:
+    """Statistics of no tiles at all."""
+    return Sums(*jnp.zeros((len(Sums._fields), 0), jnp.float32))
+
+
 def terms_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
-    """What elements add to their leaf's sums: nothing in groups that are zero or not finite."""
+    """What elements add to their tile's sums: nothing in groups that are zero or not finite."""
 
     def of(values):
         return jnp.where(x.present, values, 0.0)

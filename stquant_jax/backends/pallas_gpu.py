@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from stquant_jax import arena as rows
 from stquant_jax.apply import Apply, apply_quantized
-from stquant_jax.backends.fused import Sample, slot_numbers, terms_of
+from stquant_jax.backends.fused import Sample, no_sums, slot_numbers, terms_of
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules import Adam, AdamScalars
@@ -39,7 +39,7 @@ def step(
     from pallas_kernels import gpu  # of what it imports, older versions of JAX lack some
 
     if not layout.quantized:
-        return [], packed, Sums(*jnp.zeros((len(Sums._fields), 0), jnp.float32))
+        return [], packed, no_sums()
     inside = apply is None or all(p.dtype in DTYPES for p in apply.params)
     kept = [g if g.dtype in DTYPES and inside else g.astype(jnp.float32) for g in grads]
     tables = gpu.Tables.of(
@@ -66,5 +66,5 @@ def step(
         updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
     elif not inside:
         updates = apply_quantized(layout, storage, count, updates, apply)
-    sums = jnp.stack([jnp.sum(part[:, : len(Sums._fields)], axis=0) for part in tile_sums])
+    sums = jnp.concatenate(tile_sums)[:, : len(Sums._fields)]
     return updates, packed, Sums(*sums.T)

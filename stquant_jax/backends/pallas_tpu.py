@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import tpu
 from stquant_jax import arena as rows
 from stquant_jax.apply import Apply
-from stquant_jax.backends.fused import Codes, slot_numbers, update_block
+from stquant_jax.backends.fused import Codes, no_sums, slot_numbers, update_block
 from stquant_jax.codecs import Ops
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planes import GROUP
@@ -42,7 +42,7 @@ def step(
 ) -> tuple[list[jax.Array], rows.Packed, Sums]:
     """As `stquant_jax.backends.xla.step`."""
     if not layout.quantized:
-        return [], packed, Sums(*jnp.zeros((len(Sums._fields), 0), jnp.float32))
+        return [], packed, no_sums()
     tables = tpu.Tables.of(
         layout,
         storage,
@@ -60,7 +60,7 @@ def step(
     for i, (leaf, g) in enumerate(zip(layout.quantized, grads, strict=True)):
         chunks = tpu.Chunks.of(leaf)
         p = apply.params[i] if apply else None
-        result, stored, terms = tpu.update_leaf(
+        result, stored, part = tpu.update_leaf(
             Body(rule),
             chunks,
             tpu.Tables(*(table[i : i + 1] for table in tables)),
@@ -71,7 +71,7 @@ def step(
             interpret=storage.interpret,
         )
         results.append(tpu.leaf_of(result, leaf, chunks.staged))
-        sums.append(jnp.sum(terms, axis=-1))
+        sums.append(part)
     nu_row = stored.nu_row.reshape(-1).astype(packed.nu_row.dtype)
-    sums = jnp.stack(sums, axis=-1)[: len(Sums._fields)]
-    return results, stored._replace(nu_row=nu_row), Sums(*sums)
+    sums = jnp.concatenate(sums)[:, : len(Sums._fields)].swapaxes(0, 1)
+    return results, stored._replace(nu_row=nu_row), Sums(*sums.reshape(-1, layout.tiles))

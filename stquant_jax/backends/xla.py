@@ -16,9 +16,9 @@ from jax import lax
 from stquant_jax import arena as rows
 from stquant_jax import planes
 from stquant_jax.apply import Apply, apply_quantized
-from stquant_jax.backends.fused import Codes, slot_numbers, update_block
+from stquant_jax.backends.fused import Codes, no_sums, slot_numbers, update_block
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
-from stquant_jax.codecs import Ops
+from stquant_jax.codecs import Ops, lane_sum
 from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
 from stquant_jax.noise import dither, keys_of
 from stquant_jax.planes import GROUP, LANES
@@ -31,7 +31,7 @@ class Buffers(NamedTuple):
 
     data: jax.Array  # [tiles, 32, 128] gradients in, updates out
     packed: rows.Packed
-    sums: jax.Array  # [leaves, statistics]
+    sums: jax.Array  # [tiles, statistics]
 
 
 def step(
@@ -46,12 +46,12 @@ def step(
     apply: Apply | None = None,
 ) -> tuple[list[jax.Array], rows.Packed, Sums]:
     """One fused update of all quantized leaves: updates, what is stored of them, and statistics
-    float32[leaves] of what storing did. With ``apply``, new parameters in place of updates.
+    float32[tiles] of what storing did, 0 for tiles that only align. With ``apply``, new parameters
+    in place of updates.
     """
     leaves = layout.quantized
-    sums = jnp.zeros((len(leaves), len(Sums._fields)), jnp.float32)
     if not leaves:
-        return [], packed, Sums(*sums.T)
+        return [], packed, no_sums()
     widths = plan.widths
     table = Table.of(layout)
     offsets = rows.offsets(widths, layout)
@@ -93,10 +93,7 @@ def step(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops(hold)
         )
 
-        part = jnp.stack([jnp.sum(term, axis=(-2, -1)) for term in terms], axis=-1)
-        sums = b.sums[leaf]
-        for i in range(size):  # one after the other, whatever the size of the chunk
-            sums += part[i]
+        sums = jnp.stack([lane_sum(term) for term in hold(terms)], axis=-1)
         new_planes = [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
         return Buffers(
             put(b.data, update, at),
@@ -106,7 +103,7 @@ def step(
                 put(old_packed.nu_scale, new.nu_scale[:, 0], at),
                 put(old_packed.nu_row, new.nu_row.reshape(-1), at * GROUP),
             ),
-            b.sums.at[leaf].set(sums),
+            put(b.sums, sums, at),
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
@@ -117,6 +114,7 @@ def step(
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
     for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
         data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
+    sums = hold(lax.empty((layout.tiles, len(Sums._fields)), jnp.float32))
     b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, packed, sums))
     updates = [
         from_tiles(b.data[first : first + leaf.tiles], leaf)

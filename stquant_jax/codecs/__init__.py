@@ -13,7 +13,7 @@ An encoder is a chain of formulas, elementwise or of a group, with reductions in
 element by element and makes the reductions itself.
 """
 
-from stquant_jax.codecs.blocks import Hold, Ops, group_max, group_sum
+from stquant_jax.codecs.blocks import Hold, Ops, by_halves, group_max, group_sum, lane_sum
 from stquant_jax.codecs.first import (
     FirstCode,
     Levels,
@@ -40,12 +40,14 @@ __all__ = [
     "Ops",
     "Second",
     "SecondCode",
+    "by_halves",
     "decode_first",
     "decode_second",
     "encode_first",
     "encode_second",
     "group_max",
     "group_sum",
+    "lane_sum",
     "lattice",
     "levels",
     "recode_first",

@@ -17,6 +17,11 @@ def by_halves(combine: Combine, x: jax.Array) -> jax.Array:
     return x
 
 
+def lane_sum(x: jax.Array) -> jax.Array:
+    """[..., 1, lanes] -> [...]: by halves, too."""
+    return by_halves(jnp.add, x.swapaxes(-1, -2))[..., 0, 0]
+
+
 def take_row(x: jax.Array, turn: jax.Array) -> jax.Array:
     """Row ``turn`` of a block [..., 32, n]: [..., 1, n]."""
     return jax.lax.dynamic_slice_in_dim(x, turn, 1, axis=-2)

@@ -121,7 +121,9 @@ class Budget(Capacity):
         left = jnp.take_along_axis(error, widths[:, None], axis=1)[:, 0]
         changed = (widths != plan.widths) | (windows != plan.windows)
         observed = forget(observed, changed[MU::2] | changed[NU::2])
-        new = PrecisionState(Plan(widths, windows, shrinkage), observed, Told(left > promise))
+        new = state._replace(
+            plan=Plan(widths, windows, shrinkage), observed=observed, memory=Told(left > promise)
+        )
         early = count < self.warmup
         return jax.tree.map(lambda old, new: jnp.where(early, old, new), state, new)
 

@@ -19,7 +19,8 @@ from stquant_jax.precision.slots import (
     is_whole,
     pin_of,
 )
-from stquant_jax.precision.statistics import Observed, nothing_observed
+from stquant_jax.precision.statistics import Observed, nothing_observed, observe
+from stquant_jax.precision.tally import Tally, cleared, nothing_tallied, total
 
 WINDOWS = (1, 2, 3, 4, 6, 8)  # octaves that a lattice of nu may span
 # The window of nu that served best in the closed loop, by width 0..8.
@@ -44,11 +45,27 @@ class PrecisionState(NamedTuple):
 
     plan: Plan
     observed: Observed
+    tally: Tally | tuple[()]  # of the steps since then; () where nothing is quantized
     memory: Any  # the policy's own arrays, a NamedTuple
 
     @property
     def widths(self) -> jax.Array:
         return self.plan.widths
+
+    def renewed(self, count: jax.Array, axes: tuple[str, ...] = ()) -> "PrecisionState":
+        """The same, with all that is tallied taken into what is observed.
+
+        Args:
+          count: int32[], updates done.
+          axes: of the mesh, as for `stquant_jax.precision.tally.total`.
+        """
+        tally, nu_widths = self.tally, self.plan.widths[1::2]
+        if not tally:
+            return self
+        sums = total(tally, axes)
+        decays = tally.decays[0], tally.decays[1]
+        observed = observe(self.observed, sums, tally.steps, nu_widths, decays, count)
+        return self._replace(observed=observed, tally=cleared(tally))
 
 
 class NoMemory(NamedTuple):
@@ -103,7 +120,7 @@ class Policy:
 
         Args:
           slots, rows: as for `first_widths`; static.
-          state: the precision state, traced.
+          state: the precision state, traced, renewed.
           decays: of mu and nu, scalars.
           count: int32[], updates done.
         """
@@ -118,14 +135,15 @@ class Policy:
         widths = np.asarray(self.first_widths(slots, rows), np.int32)
         windows = np.asarray(self.first_windows(widths), np.int32)
         shrinkage = np.array(DEFAULT_SHRINKAGE, np.float32)[widths]
-        mu = slots.moment == MU
+        mu, leaves = slots.moment == MU, len(slots.tiles) // 2
         return PrecisionState(
             Plan(
                 jnp.asarray(widths),
                 jnp.asarray(np.where(mu, 0, windows)),
                 jnp.asarray(np.where(mu, np.float32(0), shrinkage)),
             ),
-            nothing_observed(len(slots.tiles) // 2),
+            nothing_observed(leaves),
+            nothing_tallied(leaves) if leaves else (),
             self.first_memory(slots),
         )
 

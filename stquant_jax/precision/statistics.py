@@ -1,9 +1,9 @@
 """What is measured of every slot, and the closed-loop error that is estimated from it.
 
-The fused step reports sums over a sample of each leaf's elements (`Sums`). Their moving averages
-tell how much error a step injects into the update; how much of it is there at a time follows from
-the decay of the moment. An error in a moment of decay b is carried from step t - 1 to step t by the
-factor
+The fused step reports sums over a sample of each tile's elements (`Sums`), which
+`stquant_jax.precision.tally` adds up. Their moving averages tell how much error a step injects into
+the update; how much of it is there at a time follows from the decay of the moment. An error in a
+moment of decay b is carried from step t - 1 to step t by the factor
 
     b n(t-1) / n(t),    n(t) = (1 - b**t) / (1 - b)
 
@@ -12,6 +12,10 @@ factor
     D(t) = injected(t) + (b n(t-1) / n(t))**2 D(t-1)
 
 which is t/3 injections while the moment is young and 1/(1 - b**2) in the end.
+
+Averages and errors are renewed every K steps (`observe`), as if each of these had been like their
+mean: K steps weigh in the averages as K equal ones, and all of them inject what the averages say in
+the end. Plans move as rarely.
 """
 
 from typing import NamedTuple
@@ -21,6 +25,7 @@ import jax.numpy as jnp
 
 # Steps that the averages reach back: twice the 32 in which every element is sampled once.
 _MEMORY = 64
+INTERVAL = 100  # steps between two renewals where no policy asks for others
 
 # Injections of nu are far from independent: the dither rotates by the golden ratio, so that an
 # element that was rounded up is rounded down when it is due. Piled up they come to this part of
@@ -41,7 +46,7 @@ NU_SPREAD = 0.0547  # of v inside groups; where nu has no codes it is the error
 
 
 class Sums(NamedTuple):
-    """Sums over the elements in one row of each tile, per leaf: float32[leaves].
+    """Sums over the elements in one row of each tile: float32[tiles], or of leaves float32[leaves].
 
     The row is the one whose turn it is, so in 32 steps every element is counted once; a statistic
     of all elements at every step would tell little more and cost much more.
@@ -91,40 +96,73 @@ def nothing_observed(leaves: int) -> Observed:
     )
 
 
-def observe(
-    old: Observed, sums: Sums, nu_widths: jax.Array, decays: tuple, count: jax.Array
-) -> Observed:
-    """Take the sums of step ``count`` into the averages.
+def aged(sums: Sums, decays: tuple, count: jax.Array) -> Sums:
+    """Sums of step ``count`` as they are averaged: nu's injections fall as 1/n(t) while it is
+    young, so they are taken as what they are to be in the end."""
+    return sums._replace(nu_error=sums.nu_error * _filled(decays[1], count))
 
-    A leaf whose sums are not finite keeps what it had: its moments show it, the plan does not.
+
+def observe(
+    old: Observed,
+    sums: Sums,
+    steps: jax.Array,
+    nu_widths: jax.Array,
+    decays: tuple,
+    count: jax.Array,
+) -> Observed:
+    """Take steps into the averages that have not been.
+
+    Args:
+      old: as it was ``steps`` steps ago.
+      sums: float32[leaves], of one step: the mean of what `aged` made of each.
+      steps: int32[], how many; of none there is nothing new.
+      nu_widths: int32[leaves].
+      decays: of mu and nu, at the last step.
+      count: int32[], updates done.
     """
-    keep = 1 - 1 / _MEMORY
-    # nu's injections fall as 1/n(t) while it is young: averaged is what they are to be in the end.
-    age = (1 - decays[1] ** count) / (1 - decays[1])
-    now = jnp.stack(sums._replace(nu_error=sums.nu_error * age * (1 - decays[1])))
-    sound = jnp.all(jnp.isfinite(now), axis=0)
-    averages = jnp.where(sound, keep * old.averages + (1 - keep) * now, old.averages)
-    weight = jnp.where(sound, keep * old.weight + (1 - keep), old.weight)
+    keep = (1 - 1 / _MEMORY) ** steps.astype(jnp.float32)
+    averages = keep * old.averages + (1 - keep) * jnp.stack(sums)
+    weight = keep * old.weight + (1 - keep)
     new = Sums(*averages)
     mu, nu = (_ratio(x, new.energy) for x in (new.mu_error, new.nu_error))
-    carried = [_carried(decay, count) for decay in decays]
-    mu_noise = decays[0] ** 2 * mu + carried[0] ** 2 * old.mu_noise
-    nu_noise = NU_INDEPENDENCE * nu / (age * (1 - decays[1])) + carried[1] ** 2 * old.nu_noise
+    left, piled = _piled_up(steps, decays, count)
+    mu_noise = decays[0] ** 2 * mu * piled[0] + left[0] ** 2 * old.mu_noise
+    nu_noise = NU_INDEPENDENCE * nu * piled[1] + left[1] ** 2 * old.nu_noise
 
     # Codes that start from the prediction show the spread as it grows into them.
     coded = nu_widths > 0
-    maturity = jnp.where(coded, 1 - carried[1] * (1 - old.maturity), 0.0)
+    maturity = jnp.where(coded, 1 - left[1] * (1 - old.maturity), 0.0)
     _, lattice = noise(averages, decays)
     shown = jnp.maximum(_ratio(new.spread, new.energy) - _NOISE_IN_SPREAD * lattice, 0.0)
     # The window cuts the tail of the spread off.
     shown /= jnp.square(1 - jnp.minimum(_ratio(new.saturated, new.energy), 0.5))
     spread = jnp.maximum(shown + (1 - maturity**2) * old.presumed, _LEAST_SPREAD)
-    curious = old.spread * (1 + _CURIOSITY * (1 - decays[1]))
+    curious = old.spread * (1 + _CURIOSITY * (1 - decays[1])) ** steps.astype(jnp.float32)
     spread = jnp.where(coded, jnp.where(new.energy > 0, spread, old.spread), curious)
     presumed = jnp.where(coded, old.presumed, spread)
     # Without codes all of the spread is error, and it is the first codes' to work off.
     nu_noise = jnp.where(coded, nu_noise, spread)
-    return Observed(averages, weight, mu_noise, nu_noise, spread, presumed, maturity)
+    observed = Observed(averages, weight, mu_noise, nu_noise, spread, presumed, maturity)
+    return jax.tree.map(lambda x, y: jnp.where(steps > 0, x, y), observed, old)
+
+
+def _piled_up(
+    steps: jax.Array, decays: tuple, count: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Of mu and of nu: the part of an error that is left after the last steps, and what D is after
+    them of one injection a step; of nu, of one that falls to 1 as nu grows old."""
+
+    def step(i, carry):
+        left, piled = carry
+        t = count - steps + 1 + i
+        injected = 1.0, 1 / _filled(decays[1], t)
+        carried = [_carried(decay, t) for decay in decays]
+        left = [c * x for c, x in zip(carried, left, strict=True)]
+        piled = [now + c**2 * x for now, c, x in zip(injected, carried, piled, strict=True)]
+        return left, piled
+
+    one, zero = jnp.float32(1), jnp.float32(0)
+    return jax.lax.fori_loop(0, steps, step, ([one, one], [zero, zero]))
 
 
 def forget(observed: Observed, changed: jax.Array) -> Observed:
@@ -154,9 +192,13 @@ def shrunk(noise: jax.Array, spread: jax.Array) -> jax.Array:
     return 1 / (1 / jnp.maximum(noise, 1e-12) + 1 / jnp.maximum(spread, 1e-12))
 
 
+def _filled(decay: jax.Array, count: jax.Array) -> jax.Array:
+    """(1 - decay) n(t): the part of a moment's memory that t steps fill."""
+    return 1 - decay ** count.astype(jnp.float32)
+
+
 def _carried(decay: jax.Array, count: jax.Array) -> jax.Array:
-    t = count.astype(jnp.float32)
-    return decay * (1 - decay ** (t - 1)) / (1 - decay**t)
+    return decay * _filled(decay, count - 1) / _filled(decay, count)
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:

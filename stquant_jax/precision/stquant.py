@@ -135,15 +135,15 @@ class STQuant(Capacity):
         self, slots: Slots, rows: int, state: PrecisionState, decays: tuple, count: jax.Array
     ) -> PrecisionState:
         del decays, count
-        plan, observed, memory = state
-        score, known, memory = self._score(slots, observed.sums, memory)
+        plan, observed = state.plan, state.observed
+        score, known, memory = self._score(slots, observed.sums, state.memory)
         wanted = jnp.clip(self._average(slots, rows) + score, slots.narrowest, slots.widest)
         wish = jnp.where(known, wanted - plan.widths, 0.0)
         widths, streak = self._move(slots, rows, plan.widths, wish, memory.streak)
         new = _replan(slots, plan, widths)
         changed = widths != plan.widths
         observed = forget(observed, changed[MU::2] | changed[NU::2])
-        return PrecisionState(new, observed, memory._replace(streak=streak))
+        return state._replace(plan=new, observed=observed, memory=memory._replace(streak=streak))
 
     def _score(self, slots: Slots, sums: Sums, memory: Trend) -> tuple[jax.Array, jax.Array, Trend]:
         """Bits that each slot asks for beyond the average, where that is known, the new trend."""
