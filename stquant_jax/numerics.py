@@ -5,6 +5,10 @@ library functions, vectorise everywhere, and are made of additions, multiplicati
 alone, so that devices differ at most in how they fuse a multiplication with an addition.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -77,3 +81,14 @@ def to_float(code: jax.Array) -> jax.Array:
 def to_code(x: jax.Array) -> jax.Array:
     """Whole float32 in [0, 2**22) as uint32: plus 2**23 it is in the low bits. NaN: any code."""
     return lax.bitcast_convert_type(x + 2.0**23, jnp.uint32) & jnp.uint32(0x3FFFFF)
+
+
+def isolated(always: jax.Array, f: Callable, *args: Any) -> Any:
+    """``f(*args)``, compiled as a computation of its own, in a branch that is always taken.
+
+    Compilers fuse a product with a sum here and not there, depending on what stands around them.
+    What has to come out the same in the programs of all shardings must not depend on that.
+    """
+    like = jax.eval_shape(f, *args)
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return lax.cond(always, f, lambda *_: zeros(), *args)

@@ -22,6 +22,7 @@ from stquant_jax.apply import Apply, apply_exact
 from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_state
 from stquant_jax.layout import Layout, Storage
+from stquant_jax.numerics import isolated
 from stquant_jax.places import counted_leaves
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
@@ -250,7 +251,8 @@ def _update(
     quantized, packed, sums = backend_step(
         layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
     )
-    decays = scalars.b1, scalars.b2
+    # Numbers known at compile time, or not: in the programs of some shardings they would be folded.
+    decays = tuple(jnp.where(count > 0, decay, 0) for decay in (scalars.b1, scalars.b2))
     packed, schedule = _refresh(
         layout, storage, precision, decays, count, packed, sums, state.precision
     )
@@ -289,7 +291,8 @@ def _refresh(
 
     def decide(packed, state):
         state = state.renewed(count, axes)
-        new = precision.decide(slots, free, state, decays, count)
+        choose = partial(precision.decide, slots, free)
+        new = isolated(count > 0, choose, state, decays, count)
         return repack(layout, storage, count, packed, state.plan, new.plan), new
 
     return jax.lax.cond(due, decide, lambda packed, state: (packed, state), packed, state)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stquant_jax.numerics import isolated
 from stquant_jax.precision.slots import (
     EXACT,
     MU,
@@ -64,7 +65,8 @@ class PrecisionState(NamedTuple):
             return self
         sums = total(tally, axes)
         decays = tally.decays[0], tally.decays[1]
-        observed = observe(self.observed, sums, tally.steps, nu_widths, decays, count)
+        operands = self.observed, sums, tally.steps, nu_widths, decays, count
+        observed = isolated(count >= 0, observe, *operands)
         return self._replace(observed=observed, tally=cleared(tally))
 
 
