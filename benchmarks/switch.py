@@ -148,7 +148,7 @@ def main() -> None:
         record["results"].append({"seed": seed} | runs)
         print(seed, {name: (run["val_loss"], run["moves"]) for name, run in runs.items()})
         _io.write_json(args.out.with_suffix(".json"), record)
-    save_plot(args.out.with_suffix(".png"), record)
+        save_plot(args.out.with_suffix(".png"), record)
 
 
 if __name__ == "__main__":

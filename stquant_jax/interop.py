@@ -78,7 +78,7 @@ def from_optax(
         check_moments(f"state.{name}", getattr(old, name), params)
     _check_signs(old.nu, params)
     layout = layout_for(params, precision, storage)
-    new = scale_by_adam_q(precision=precision, storage=storage).init(params)
+    new: Any = scale_by_adam_q(precision=precision, storage=storage).init(params)
     return _replaced(state, _is_adam, _encoded(old, new, layout, storage))
 
 
