@@ -340,7 +340,7 @@ def test_next_update():
         assert free.mean() > 0.5 or name == "stack"  # whose groups lie across all scales
         # of sigma two steps of the lattice, of mu half a step of its scale and of its levels
         bound = np.log(2) * (2 * 4 / 2**8 + STEP + MU_STEP / 2) + 1 / 127
-        assert np.linalg.norm(x - y) < bound * np.linalg.norm(y)
+        assert np.linalg.norm(x - y) <= bound * np.linalg.norm(y)
     assert int(after.count) == 301
 
 
@@ -474,51 +474,55 @@ def test_memory():
 # --- a run ---
 
 
-def mlp(optimizers, seed, steps=240):
+PART = 80  # steps
+TARGET = jax.random.normal(jax.random.key(0), (32, 8)) / 32**0.5
+
+
+def loss_of(params, x):
+    hidden = jax.nn.gelu(x @ params["up"])
+    return jnp.mean((hidden @ params["down"] - jnp.sin(x @ TARGET)) ** 2)
+
+
+@partial(jax.jit, static_argnums=0)
+def train(tx, params, state, key):
+    def step(carry, key):
+        params, state = carry
+        grads = jax.grad(loss_of)(params, jax.random.normal(key, (64, 32)))
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), jax.random.split(key, PART))[0]
+
+
+def mlp(optimizers, seed):
     """Loss after a regression by two layers that is handed from optimizer to optimizer."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    w = jax.random.normal(jax.random.key(0), (32, 8))
     params = {
         "up": jax.random.normal(keys[0], (32, 256)) / 32**0.5,
         "down": jax.random.normal(keys[1], (256, 8)) / 16,
     }
-    params["wide"] = jnp.zeros((256, 256))
-
-    def loss(params, x):
-        hidden = jax.nn.gelu(x @ params["up"])
-        hidden = hidden + jax.nn.gelu(hidden @ params["wide"])
-        return jnp.mean((hidden @ params["down"] - jnp.sin(x @ w)) ** 2)
-
-    state = optimizers[0].init(params)
-    part = steps // len(optimizers)
+    state, last = optimizers[0].init(params), optimizers[0]
     for i, tx in enumerate(optimizers):
-        if i:
-            move = stquant.from_optax if i % 2 else stquant.to_optax
-            state = move(state, params, FIXED)
+        if tx is not last:
+            move = stquant.from_optax if i == 1 else stquant.to_optax
+            state, last = move(state, params, MLP_FIXED, MLP_STORAGE), tx
+        params, state = train(tx, params, state, jax.random.fold_in(keys[2], i))
+    return float(loss_of(params, jax.random.normal(keys[3], (4096, 32))))
 
-        @jax.jit
-        def run(params, state, key, tx=tx):
-            def step(carry, key):
-                params, state = carry
-                grads = jax.grad(loss)(params, jax.random.normal(key, (64, 32)))
-                updates, state = tx.update(grads, state, params)
-                return (optax.apply_updates(params, updates), state), None
 
-            return jax.lax.scan(step, (params, state), jax.random.split(key, part))[0]
-
-        params, state = run(params, state, jax.random.fold_in(keys[2], i))
-    return float(loss(params, jax.random.normal(keys[3], (4096, 32))))
+MLP_FIXED, MLP_STORAGE = Fixed(5, 4), Storage(min_size=2048)  # both layers are quantized
 
 
 def test_training():
     """There and back in the middle of a run: the loss is within what seeds differ by."""
-    rate = optax.cosine_decay_schedule(3e-3, 240)
+    rate = optax.cosine_decay_schedule(3e-3, 3 * PART)
     exact = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
-    ours = optax.chain(optax.clip_by_global_norm(1.0), stquant.adamw(rate, precision=FIXED))
+    adamw = stquant.adamw(rate, precision=MLP_FIXED, storage=MLP_STORAGE)
+    ours = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     seeds = range(4)
-    stayed = np.array([mlp([exact] * 1, seed) for seed in seeds])
+    stayed = np.array([mlp([exact] * 3, seed) for seed in seeds])
     switched = np.array([mlp([exact, ours, exact], seed) for seed in seeds])
-    assert stayed.max() < 0.5  # it learns
+    assert stayed.max() < 0.2  # half of the target's energy: it learns
     assert abs(switched.mean() - stayed.mean()) < np.ptp(stayed)
 
 
