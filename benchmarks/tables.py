@@ -156,6 +156,16 @@ def demo() -> str:
     )
 
 
+def switch() -> str:
+    """Validation losses of runs that changed their optimizer, by seed."""
+    record = _io.read_json(_io.RESULTS / "switch.json")
+    body = [
+        [str(row["seed"]), *(f"{row[kind]['val_loss']:.4f}" for kind in ("optax", "switched"))]
+        for row in record["results"]
+    ]
+    return _table(["seed", "optax.adamw", "switched"], body) + _source(record)
+
+
 def _table(header: list[str], body: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -180,6 +190,7 @@ def render(text: str) -> str:
         "policy": policy,
         "compile": compile_,
         "demo": demo,
+        "switch": switch,
     }
     for name, make in makers.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -5,7 +5,7 @@
 """
 
 from stquant_jax.fusing import fused_update
-from stquant_jax.interop import to_optax
+from stquant_jax.interop import from_optax, to_optax
 from stquant_jax.introspect import plan, report
 from stquant_jax.layout import Storage
 from stquant_jax.optimizers import adam, adamw
@@ -33,6 +33,7 @@ __all__ = [
     "Storage",
     "adam",
     "adamw",
+    "from_optax",
     "fused_update",
     "metrics",
     "plan",

@@ -1,5 +1,6 @@
 """Checks at the public border: messages name the argument, what it got and what is accepted."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,13 +88,46 @@ def find_state(state: Any) -> Any:
     Raises:
       ValueError: it holds none, or several.
     """
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
+    return find_the_one(state, is_state, "ScaleByAdamQState that init returned")
+
+
+def find_the_one(state: Any, is_one: Callable[[Any], bool], kind: str) -> Any:
+    """The one node of a kind in an optimizer's state, or the state itself.
+
+    Raises:
+      ValueError: it holds none, or several.
+    """
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
     if len(found) != 1:
         raise ValueError(
-            f"state is {type(state).__name__}: expected the ScaleByAdamQState that init returned, "
-            f"or an optimizer's state that holds one of it, not {len(found) or 'none'}"
+            f"state is {type(state).__name__}: expected the {kind}, or an optimizer's state that "
+            f"holds one of it, not {len(found) or 'none'}"
         )
     return found[0]
+
+
+def check_moments(name: str, moments: Any, params: Any) -> None:
+    """Raise ValueError unless a moment's tree is one of real floating arrays, shaped like the
+    parameters."""
+    got, want = (
+        {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (moments, params)
+    )
+    if jax.tree.structure(moments) != jax.tree.structure(params):
+        different = sorted(got.keys() ^ want.keys())[:5] or [str(jax.tree.structure(moments))]
+        raise ValueError(
+            f"{name} is unlike params, in {', '.join(different)}: expected the tree of the "
+            "parameters that the optimizer was made for"
+        )
+    for path, x in got.items():
+        shape = tuple(want[path].shape)
+        if np.shape(x) != shape:
+            raise ValueError(
+                f"{name}{path} has shape {np.shape(x)}: expected {shape}, as in params"
+            )
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name}{path} has dtype {dtype.name}: expected a real floating dtype")
 
 
 def check_concrete(state: Any, function: str) -> None:

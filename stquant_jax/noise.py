@@ -36,7 +36,7 @@ class Keys(NamedTuple):
     rounding: jax.Array
 
 
-def keys_of(seed: int, leaf: jax.Array, step: jax.Array) -> Keys:
+def keys_of(seed: int | jax.Array, leaf: jax.Array, step: jax.Array) -> Keys:
     """Keys of a leaf, by its index, and of a step, by the count of updates; both scalars."""
     leaf, step = leaf.astype(jnp.uint32), step.astype(jnp.uint32)
     key = hash32(jnp.uint32(seed) ^ hash32(leaf * 2 + 1))

@@ -22,8 +22,8 @@ from stquant_jax.precision import Plan, Policy, PrecisionState
 from stquant_jax.precision.policy import DEFAULT_SHRINKAGE
 from stquant_jax.precision.slots import MU, NU
 from stquant_jax.precision.statistics import forget
-from stquant_jax.sharding import Sharding, per_device, sharding_for
-from stquant_jax.transform import ScaleByAdamQState, state_shardings_of, state_specs
+from stquant_jax.sharding import Sharding, mesh_of, per_device, sharding_for, shardings
+from stquant_jax.transform import ScaleByAdamQState, packed_specs, state_specs
 
 
 def resize(
@@ -105,8 +105,8 @@ def _resized(
         return packed._replace(arena=packed.arena[:capacity])
 
     packed = rows.Packed(old.arena, old.mu_scale, old.nu_scale, old.nu_row)
-    own = rows.Packed(*(getattr(state_specs(layout), name) for name in rows.Packed._fields))
-    moved = jax.jit(per_device(move, sharding, (own, P(), P()), own))
+    own = packed_specs(layout.axes)
+    moved = jax.jit(per_device(move, mesh_of(sharding), (own, P(), P()), own))
     packed = moved(packed, old.count, old.precision.plan)
 
     changed = (new_widths != widths) | (new_windows != windows)
@@ -117,4 +117,4 @@ def _resized(
     new = ScaleByAdamQState(old.count, *packed, exact=old.exact, precision=schedule)
     if sharding is None:
         return new
-    return jax.device_put(new, state_shardings_of(new, layout, sharding))
+    return jax.device_put(new, shardings(sharding.mesh, state_specs(layout), new))

@@ -61,10 +61,6 @@ class Sharding:
     def sizes(self) -> dict[str, int]:
         return dict(self.mesh.shape)
 
-    @property
-    def explicit(self) -> bool:
-        return AxisType.Explicit in self.mesh.axis_types
-
     def axes_of(self, path: str, ndim: int) -> Axes:
         """Of a parameter: the mesh axes that divide each of its axes.
 
@@ -242,32 +238,49 @@ def _alike(a: Sharding | None, b: Sharding | None) -> bool:
     return a.mesh == b.mesh and a._by_path() == b._by_path()
 
 
-def per_device(f: Callable, sharding: Sharding | None, in_specs: Any, out_specs: Any) -> Callable:
-    """``f`` on every device's own parts; without a sharding, ``f``."""
-    if sharding is None:
+def per_device(f: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
+    """``f`` on every device's own parts; without a mesh, ``f``."""
+    if mesh is None:
         return f
     mapped = jax.shard_map(
         f,
-        mesh=sharding.mesh,
+        mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
         check_vma=False,  # replicas compute alike what it could not prove to be alike
     )
-    if not sharding.explicit:
+    if not _explicit(mesh):
         return mapped
 
-    def placed(x, spec):
-        return jax.tree.map(
-            lambda x: jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec)), x
-        )
-
-    def call(*args):
-        is_spec = lambda x: isinstance(x, P)  # noqa: E731
-        return mapped(
-            *jax.tree.map(lambda spec, x: placed(x, spec), in_specs, args, is_leaf=is_spec)
-        )
+    def call(*args):  # with Explicit axes nothing is moved unasked
+        return mapped(*jax.sharding.reshard(args, shardings(mesh, in_specs, args)))
 
     return call
+
+
+def shardings(mesh: Any, specs: Any, tree: Any) -> Any:
+    """A NamedSharding for every leaf of a tree, by a spec for every branch of it."""
+
+    def of(spec, branch):
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), branch)
+
+    return jax.tree.map(of, specs, tree, is_leaf=lambda x: isinstance(x, P))
+
+
+def divided(x: jax.Array, mesh: Any, spec: P) -> jax.Array:
+    """An array, divided so."""
+    if mesh is None:
+        return x
+    constrain = jax.sharding.reshard if _explicit(mesh) else lax.with_sharding_constraint
+    return constrain(x, NamedSharding(mesh, spec))
+
+
+def _explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def mesh_of(sharding: Sharding | None) -> Any:
+    return sharding and sharding.mesh
 
 
 def spec_of(axes: Axes) -> P:
@@ -281,16 +294,16 @@ def part_specs(layout: Layout) -> list[P]:
 
 
 def whole_replicas(
-    leaves: Sequence[jax.Array], layout: Layout, sharding: Sharding
+    leaves: Sequence[jax.Array], layout: Layout, sharding: Sharding | None
 ) -> list[jax.Array]:
     """Arrays divided as the parameters are, of ones divided as the state is, along the zero axis
     too."""
+    if sharding is None:
+        return list(leaves)
     out = []
     for x, leaf in zip(leaves, layout.leaves, strict=True):
         axes = sharding.axes_of(leaf.path, len(leaf.shape))
         if leaf.axes != axes:
-            want = NamedSharding(sharding.mesh, spec_of(axes))
-            constrain = jax.sharding.reshard if sharding.explicit else lax.with_sharding_constraint
-            x = constrain(x, want)
+            x = divided(x, sharding.mesh, spec_of(axes))
         out.append(x)
     return out

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
@@ -33,6 +32,7 @@ from stquant_jax.rules import Adam, AdamScalars
 from stquant_jax.sharding import (
     Sharding,
     Whereabouts,
+    mesh_of,
     part_specs,
     per_device,
     spec_of,
@@ -146,7 +146,8 @@ def scale_by_adam_q(
     def init(params: optax.Params) -> ScaleByAdamQState:
         here = whereabouts.at_init(params)
         layout = layout_for(params, precision, storage, here)
-        make = per_device(partial(_init_state, layout, precision), here, (), state_specs(layout))
+        local = partial(_init_state, layout, precision)
+        make = per_device(local, mesh_of(here), (), state_specs(layout))
         return make() if here is None else jax.jit(make)()
 
     def step(
@@ -167,13 +168,10 @@ def scale_by_adam_q(
 
         parts, own = part_specs(layout), state_specs(layout)
         applied = (apply.params, apply.rate, apply.decay) if apply else ()
-        run = per_device(
-            local, here, (parts, own, P(), P(), *(parts, P(), P())[: len(applied)]), (parts, own)
-        )
+        specs = parts, own, P(), P(), *(parts, P(), P())[: len(applied)]
+        run = per_device(local, mesh_of(here), specs, (parts, own))
         updates, state = run(leaves, state, count, scalars, *applied)
-        if here is not None:
-            updates = whole_replicas(updates, layout, here)
-        return jax.tree.unflatten(treedef, updates), state
+        return jax.tree.unflatten(treedef, whole_replicas(updates, layout, here)), state
 
     def update(
         updates: optax.Updates,
@@ -207,11 +205,8 @@ def state_specs(layout: Layout) -> ScaleByAdamQState:
     by_device: Any = spec_of((layout.axes,))
     same: Any = P()
     return ScaleByAdamQState(
-        count=same,
-        arena=by_device,
-        mu_scale=by_device,
-        nu_scale=by_device,
-        nu_row=by_device,
+        same,
+        *packed_specs(layout.axes),
         exact=spec_of(((), layout.axes)),  # pyright: ignore[reportArgumentType]
         precision=PrecisionState(
             plan=same,
@@ -222,13 +217,10 @@ def state_specs(layout: Layout) -> ScaleByAdamQState:
     )
 
 
-def state_shardings_of(state: Any, layout: Layout, sharding: Sharding) -> Any:
-    """A NamedSharding for every array of a state, or ShapeDtypeStruct."""
-
-    def of(spec, part):
-        return jax.tree.map(lambda _: NamedSharding(sharding.mesh, spec), part)
-
-    return jax.tree.map(of, state_specs(layout), state, is_leaf=lambda x: isinstance(x, P))
+def packed_specs(axes: tuple[str, ...]) -> rows.Packed:
+    """How all that is stored of the quantized leaves is divided, along these axes of the mesh."""
+    by_device: Any = spec_of((axes,))
+    return rows.Packed(by_device, by_device, by_device, by_device)
 
 
 def _update(
@@ -252,7 +244,7 @@ def _update(
         layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
     )
     # Numbers known at compile time, or not: in the programs of some shardings they would be folded.
-    decays = tuple(jnp.where(count > 0, decay, 0) for decay in (scalars.b1, scalars.b2))
+    decays = jnp.where(count > 0, scalars.b1, 0), jnp.where(count > 0, scalars.b2, 0)
     packed, schedule = _refresh(
         layout, storage, precision, decays, count, packed, sums, state.precision
     )

@@ -18,7 +18,7 @@ FLOORS = (
     {"places", "shards", "sharding", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
     {"backends"},
-    {"checks", "planning"},
+    {"checks", "planning", "moments"},
     {"transform", "solo"},
     {"fusing"},
     {"optimizers", "interop", "introspect", "telemetry", "resizing"},

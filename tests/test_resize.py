@@ -131,7 +131,7 @@ def test_in_a_run():
     chex.assert_trees_all_equal_shapes_and_dtypes(resized, new.init(params))
     chex.assert_trees_all_equal(resized[1], state[1])
 
-    grads, decoded = common.gaussian(shapes, 2), stquant.to_optax(resized, params)
+    grads, decoded = common.gaussian(shapes, 2), stquant.to_optax(resized[0], params)
     want, _ = optax.scale_by_adam().update(grads, decoded)
     got, updated = jax.jit(new.update)(grads, resized)
     got = jax.tree.map(lambda update, trace: update - 0.5 * trace, got, resized[1].trace)

@@ -13,6 +13,7 @@ An encoder is a chain of formulas, elementwise or of a group, with reductions in
 element by element and makes the reductions itself.
 """
 
+from stquant_jax.codecs.anew import encode_second_anew
 from stquant_jax.codecs.blocks import Hold, Ops, by_halves, group_max, group_sum, lane_sum
 from stquant_jax.codecs.first import (
     FirstCode,
@@ -45,6 +46,7 @@ __all__ = [
     "decode_second",
     "encode_first",
     "encode_second",
+    "encode_second_anew",
     "group_max",
     "group_sum",
     "lane_sum",
