@@ -9,6 +9,8 @@ from stquant_jax.interop import from_optax, to_optax
 from stquant_jax.introspect import plan, report
 from stquant_jax.layout import Storage
 from stquant_jax.optimizers import adam, adamw
+from stquant_jax.placement import state_shardings
+from stquant_jax.portable import from_portable, to_portable
 from stquant_jax.precision import Budget, Fixed, Policy, STQuant
 from stquant_jax.resizing import resize
 from stquant_jax.sharding import Sharding
@@ -34,6 +36,7 @@ __all__ = [
     "adam",
     "adamw",
     "from_optax",
+    "from_portable",
     "fused_update",
     "metrics",
     "plan",
@@ -43,6 +46,8 @@ __all__ = [
     "scale_by_solo",
     "solo_adamw",
     "solo_momentum",
+    "state_shardings",
     "swamping_bound",
     "to_optax",
+    "to_portable",
 ]

@@ -283,8 +283,7 @@ def _report(
             if leaf.tiles
             else 8 * leaf.size
         )
-        divided = tuple(name for names in leaf.axes for name in names)
-        where = leaf.path, leaf.whole.shape, leaf.shape, divided
+        where = leaf.path, leaf.whole.shape, leaf.shape, leaf.all_axes
         leaves.append(LeafReport(*where, leaf.kind, leaf.reason, mu, nu, size))
     used = int(np.sum(widths * rows.slot_tiles(layout)))
     return Report(

@@ -140,6 +140,10 @@ class Leaf:
         return self.cut.axes if self.cut else ((),) * len(self.shape)
 
     @property
+    def all_axes(self) -> tuple[str, ...]:
+        return tuple(name for names in self.axes for name in names)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""
         return math.prod(self.shape[: self.split]), math.prod(self.shape[self.split :])
@@ -148,6 +152,11 @@ class Leaf:
     def ragged(self) -> bool:
         """Some groups are only partly filled."""
         return (self.groups_along if self.kind == "tiled" else self.size) % GROUP != 0
+
+    @property
+    def filled(self) -> int:
+        """Tiles without those of alignment."""
+        return self.bands * self.lane_tiles
 
     @property
     def lane_tiles(self) -> int:

@@ -37,7 +37,7 @@ def layout_for(
     if sharding is None:
         return layout
     parts = tuple(_part(leaf, storage, sharding) for leaf in layout.leaves)
-    divided = {name for part in parts for names in part.axes for name in names}
+    divided = {name for part in parts for name in part.all_axes}
     axes = tuple(name for name in sharding.mesh.axis_names if name in divided)
     return Layout(parts, axes, int(np.prod([sharding.sizes[name] for name in axes])))
 

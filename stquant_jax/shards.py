@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from stquant_jax.layout import TILE, Cut, Leaf, Storage, align, leaf_of
 from stquant_jax.planes import GROUP, LANES
 
@@ -160,3 +162,23 @@ def _torn(leaf: Leaf, shape: tuple[int, ...], cut: Cut, storage: Storage) -> Lea
 
 def _units(length: int, unit: int) -> int:
     return -(-length // unit)
+
+
+def tile_order(part: Leaf) -> np.ndarray:
+    """int[parts x tiles]: which tile of the whole leaf each part's are, part after part."""
+    tile = np.arange(part.filled)
+    cut = part.cut
+    if cut is None:
+        return tile
+    index = np.indices(cut.parts).reshape(len(cut.parts), -1)
+    start = np.array(cut.steps) @ index if cut.steps else np.zeros(1, int)
+    if not cut.lanes or not cut.whole:  # consecutive
+        ahead = start // LANES if cut.whole else np.arange(len(start)) * part.filled
+        return (ahead[:, None] + tile).reshape(-1)
+    bands = _units(part.whole.matrix[part.transposed], GROUP)
+    lane_tile, band = np.divmod(tile, part.bands)
+    lane_tile += lane_tile // cut.tile_run * (cut.lane_gap // LANES)
+    band += band // cut.band_run * cut.band_gap
+    first_band, first_lane = np.divmod(start, cut.lanes)
+    ahead = first_lane // LANES * bands + first_band
+    return (ahead[:, None] + lane_tile * bands + band).reshape(-1)

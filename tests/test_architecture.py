@@ -21,7 +21,8 @@ FLOORS = (
     {"checks", "planning", "moments"},
     {"transform", "solo"},
     {"fusing"},
-    {"optimizers", "interop", "introspect", "telemetry", "resizing"},
+    {"optimizers", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
+    {"portable"},
     {"__init__"},
 )
 # Mechanism, algebra, policy: none knows the others.

@@ -101,6 +101,21 @@ def cleared(tally: Tally) -> Tally:
     return tally._replace(digits=jnp.zeros_like(tally.digits), steps=jnp.zeros_like(tally.steps))
 
 
+def gathered(tally: Tally) -> Tally:
+    """All devices' digits in one, uint16[1, statistics, leaves, 8]."""
+    digits = jnp.moveaxis(jnp.sum(tally.digits, axis=0, dtype=jnp.uint32), -1, 0)
+    digits = jnp.moveaxis(_carried(digits), 0, -1)[None]
+    return tally._replace(digits=digits.astype(jnp.uint16))
+
+
+def scattered(tally: Tally, axes: tuple[str, ...]) -> Tally:
+    """`gathered` undone: the first device has it all; called on each of them."""
+    first = jnp.array(True)
+    for name in axes:
+        first &= lax.axis_index(name) == 0
+    return tally._replace(digits=jnp.where(first, tally.digits, jnp.uint16(0)))
+
+
 def _leaf_sums(x: jax.Array, tiles: tuple[int, ...]) -> jax.Array:
     """float32[statistics, tiles] -> uint32[8, statistics, leaves], digits below 2**16."""
     pieces = [

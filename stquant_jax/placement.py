@@ -1,0 +1,66 @@
+"""Where an optimizer's state lies, for jit and for checkpointers."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from stquant_jax.checks import check_precision, check_state, find_state, is_state
+from stquant_jax.layout import Storage
+from stquant_jax.planning import layout_for
+from stquant_jax.precision import Budget, Policy
+from stquant_jax.sharding import Sharding, sharding_for, shardings, spec_of
+from stquant_jax.transform import state_specs
+
+
+def state_shardings(
+    state: Any,
+    params: Any,
+    precision: Policy = Budget(),  # noqa: B008
+    storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
+) -> Any:
+    """The sharding of every array in an optimizer's state: for ``out_shardings``, say.
+
+    Args:
+      state: a `ScaleByAdamQState`, or an optimizer's state that holds one; arrays, or shapes as
+        `jax.eval_shape` makes them of ``tx.init``.
+      params: arrays or ShapeDtypeStructs; shapes only.
+      precision, storage, sharding: those the optimizer was made with.
+
+    Returns:
+      A tree like ``state``. What other transformations keep of a parameter, in an array of its
+      shape at the end of a path like its own, lies where the parameter does; all else on every
+      device.
+
+    Raises:
+      ValueError: the state was built for other parameters, another storage or sharding, or holds no
+      `ScaleByAdamQState`, or several; nothing tells the sharding.
+    """
+    check_precision(precision, storage)
+    here = sharding_for(params, sharding)
+    layout = layout_for(params, precision, storage, here)
+    own = find_state(state)
+    check_state(own, layout)
+    if here is None:
+        where = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: where, state)
+    mesh = here.mesh
+    specs = {
+        leaf.path: (leaf.whole.shape, here.axes_of(leaf.path, len(leaf.shape)))
+        for leaf in layout.leaves
+    }
+
+    def of(path, x):
+        if is_state(x):
+            return shardings(mesh, state_specs(layout), x)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        fitting = [p for p in specs if name == p or name.endswith(f".{p}")]
+        if fitting:
+            shape, axes = specs[max(fitting, key=len)]
+            if x.shape == shape:
+                return NamedSharding(mesh, spec_of(axes))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_state)
