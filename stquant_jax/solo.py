@@ -9,18 +9,32 @@ arXiv 2505.00347. It shares its rule, its bit-planes and its notion of a small l
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
 from stquant_jax.checks import check_hyperparameters
-from stquant_jax.layout import Leaf, Storage, layout_of
+from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, to_float
 from stquant_jax.planes import GROUP, LANES
+from stquant_jax.planning import layout_for
+from stquant_jax.precision import Fixed
 from stquant_jax.rules import Adam
+from stquant_jax.sharding import (
+    Sharding,
+    Whereabouts,
+    mesh_of,
+    part_specs,
+    per_device,
+    spec_of,
+    whole_replicas,
+)
 
 # Half the median gap between neighbouring levels of the dynamic map of so many bits, to the digits
 # the paper's table of momenta was made with.
@@ -58,6 +72,7 @@ def scale_by_solo(
     bits: tuple[int, int] = (4, 2),
     quantile: float = 0.1,
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale updates by Adam, its moments stored as SOLO does.
 
@@ -87,6 +102,8 @@ def scale_by_solo(
       bits: of a code of m, and of one of v; each 2, 3 or 4.
       quantile: p, a float strictly between 0 and 1; in the paper 0.05 to 0.3 do well.
       storage: which leaves stay exact, seed of the rounding; backend None or "xla".
+      sharding: see `scale_by_adam_q`. Blocks are those of a device's own part of a leaf, so that
+        bits depend on the division.
 
     Returns:
       A gradient transformation whose state is a `ScaleBySoloState`.
@@ -112,10 +129,21 @@ def scale_by_solo(
     """
     _check_arguments(b1, b2, eps, bits, quantile, storage)
     rule = Adam()
+    whereabouts = Whereabouts(sharding)
+
+    def empty(layout: Layout, here: Sharding | None, treedef: Any) -> ScaleBySoloState:
+        def local():
+            return [_zeros(leaf, bits) for leaf in layout.leaves]
+
+        make = per_device(local, mesh_of(here), (), [_specs(leaf) for leaf in layout.leaves])
+        return _state(
+            jnp.zeros((), jnp.int32), treedef, make() if here is None else jax.jit(make)()
+        )
 
     def init(params: optax.Params) -> ScaleBySoloState:
-        leaves = [_zeros(leaf, bits) for leaf in layout_of(params, storage).leaves]
-        return _state(jnp.zeros((), jnp.int32), jax.tree.structure(params), leaves)
+        here = whereabouts.at_init(params)
+        layout = layout_for(params, Fixed(), storage, here)
+        return empty(layout, here, jax.tree.structure(params))
 
     def update(
         updates: optax.Updates,
@@ -124,20 +152,30 @@ def scale_by_solo(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoloState]:
         del params, extra_args
-        layout = layout_of(updates, storage)
-        _check_state(state, jax.eval_shape(init, updates))
+        here = whereabouts.at_update(updates)
+        layout = layout_for(updates, Fixed(), storage, here)
         grads, treedef = jax.tree.flatten(updates)
+        _check_state(state, jax.eval_shape(partial(empty, layout, here, treedef)))
         trees = [treedef.flatten_up_to(tree) for tree in state[1:]]
+        old = [_Stored(*parts) for parts in zip(*trees, strict=True)]
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, 0.0, count)
-        directions, leaves = [], []
-        for i, (leaf, grad, *old) in enumerate(zip(layout.leaves, grads, *trees, strict=True)):
-            g, (m, v) = grad.astype(jnp.float32), _decode(leaf, _Stored(*old), bits)
-            m, v = rule.accumulate(g, m, v, scalars)
-            directions.append(rule.direction(g, m, v, scalars).astype(grad.dtype))
-            key = hash32(jnp.uint32(storage.seed) ^ hash32(jnp.uint32(2 * i + 1)))
-            key = hash32(count.astype(jnp.uint32) ^ key)
-            leaves.append(_encode(leaf, m, v, bits, quantile, key))
+
+        def local(grads, old, count, scalars):
+            directions, leaves = [], []
+            for i, (leaf, grad, stored) in enumerate(zip(layout.leaves, grads, old, strict=True)):
+                g, (m, v) = grad.astype(jnp.float32), _decode(leaf, stored, bits)
+                m, v = rule.accumulate(g, m, v, scalars)
+                directions.append(rule.direction(g, m, v, scalars).astype(grad.dtype))
+                key = hash32(jnp.uint32(storage.seed) ^ hash32(jnp.uint32(2 * i + 1)))
+                key = hash32(count.astype(jnp.uint32) ^ key)
+                leaves.append(_encode(leaf, m, v, bits, quantile, key))
+            return directions, leaves
+
+        parts, own = part_specs(layout), [_specs(leaf) for leaf in layout.leaves]
+        run = per_device(local, mesh_of(here), (parts, own, P(), P()), (parts, own))
+        directions, leaves = run(grads, old, count, scalars)
+        directions = whole_replicas(directions, layout, here)
         return jax.tree.unflatten(treedef, directions), _state(count, treedef, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -154,12 +192,13 @@ def solo_adamw(
     bits: tuple[int, int] = (4, 2),
     quantile: float = 0.1,
     storage: Storage = Storage(),  # noqa: B008
+    sharding: Sharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.adamw` with its state stored as SOLO does (arXiv 2505.00347).
 
     Args:
       learning_rate: a number or a schedule.
-      b1, b2, eps, bits, quantile, storage: see `scale_by_solo`.
+      b1, b2, eps, bits, quantile, storage, sharding: see `scale_by_solo`.
       weight_decay, mask: see `optax.adamw`.
 
     Raises:
@@ -176,7 +215,9 @@ def solo_adamw(
       >>> params = optax.apply_updates(params, updates)
     """
     return optax.chain(
-        scale_by_solo(b1, b2, eps, bits=bits, quantile=quantile, storage=storage),
+        scale_by_solo(
+            b1, b2, eps, bits=bits, quantile=quantile, storage=storage, sharding=sharding
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -265,6 +306,15 @@ def _zeros(leaf: Leaf, bits: tuple[int, int]) -> _Stored:
     return _Stored(mu, mu_scale, nu, nu_scale, nu_alpha)
 
 
+def _specs(leaf: Leaf) -> _Stored:
+    """How a leaf's arrays are divided."""
+    part: Any = spec_of(leaf.axes)
+    if not leaf.tiles:
+        return _Stored.exact(part, part)
+    words, scale = spec_of(((), leaf.all_axes)), spec_of((leaf.all_axes,))
+    return _Stored(words, scale, words, scale, scale)
+
+
 def _decode(leaf: Leaf, old: _Stored, bits: tuple[int, int]) -> list[jax.Array]:
     """m and v, float32[*shape]."""
     if not leaf.tiles:
@@ -280,11 +330,20 @@ def _encode(
     if not leaf.tiles:
         return _Stored.exact(m, v)
     m, v = (jnp.pad(x.reshape(-1), (0, -leaf.size % BLOCK)).reshape(-1, BLOCK) for x in (m, v))
-    element = jnp.arange(m.size, dtype=jnp.uint32).reshape(m.shape)
+    element = jnp.arange(m.size, dtype=jnp.uint32).reshape(m.shape) + _part_number(leaf) * m.size
     noise = to_float(hash32(element ^ key) >> 8) * 2.0**-24
     mu, mu_scale = encode_mu(m, bits[0])
     nu, nu_scale, nu_alpha = encode_nu(v, bits[1], quantile, noise)
     return _Stored(pack(mu, bits[0]), mu_scale, pack(nu, bits[1]), nu_scale, nu_alpha)
+
+
+def _part_number(leaf: Leaf) -> jax.Array:
+    """uint32[]: of all parts that a leaf is divided into, the one on the device that asks."""
+    number = jnp.uint32(0)
+    for names in leaf.axes:
+        if names:
+            number = number * lax.axis_size(names) + jnp.uint32(lax.axis_index(names))
+    return number
 
 
 # --- checks ---

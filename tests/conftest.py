@@ -13,5 +13,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 jax.config.update("jax_enable_compilation_cache", False)
+# Devices to make meshes of.
+jax.config.update("jax_num_cpu_devices", 8)
 # libtpu, where it is installed to compile for TPUs, is loaded by each process of pytest-xdist.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
