@@ -21,7 +21,6 @@ SHAPES = {
 }
 
 SPECS = {
-    "data": P(),
     "fsdp": {
         "wide": P(None, "a"),
         "stack": P(None, "a"),
@@ -75,17 +74,15 @@ class Case(NamedTuple):
         return {name: jax.device_put(x, self.of(name)) for name, x in tree.items()}
 
     def of(self, name: str) -> NamedSharding:
-        specs = SPECS[self.specs]
-        spec = specs if isinstance(specs, P) else specs[name]
-        return NamedSharding(self.mesh, spec or P())
+        return NamedSharding(self.mesh, SPECS[self.specs][name] or P())
 
 
 CASES = [
-    Case("zero", (8,), "data", zero_axis="a"),
     Case("fsdp", (8,), "fsdp", axis_type=AxisType.Explicit),
     Case("two axes", (4, 2), "fsdp+tensor"),
-    Case("three axes, zero", (2, 2, 2), "data+fsdp+tensor", "a", AxisType.Explicit),
+    Case("three axes, zero", (2, 2, 2), "data+fsdp+tensor", zero_axis="a"),
 ]
+FSDP, TWO, ZERO = CASES
 
 
 def gradients(count: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stquant_jax as stquant
-from tests.meshes import CASES, SHAPES, Case, gradients
+from tests.meshes import CASES, FSDP, SHAPES, TWO, ZERO, Case, gradients
 
 BUDGET = stquant.Budget(5.0, interval=3, warmup=0)
 STEPS, HALF = 7, 4  # two changes of plan, one in each half
@@ -79,10 +79,13 @@ def test_bits(case):
     assert np.any(half["plan"]["widths"] != final["plan"]["widths"]), "no plan has changed"
 
 
-@pytest.mark.parametrize(("source", "target"), [(1, 2), (3, None), (None, 3)])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(FSDP, TWO), (ZERO, None), (None, ZERO)],
+    ids=lambda case: case.name if case else "one device",
+)
 def test_restored_on_another_mesh(source, target):
     """Saved half way on one mesh, and gone on with on another, or on none."""
-    source, target = (None if i is None else CASES[i] for i in (source, target))
     run, (updates, _, final) = run_of(target), outcome(None)
     half = outcome(source)[1]
     sharding = target.sharding if target else None
@@ -135,7 +138,7 @@ def test_program(case):
     assert memory.alias_size_in_bytes >= local - 8  # but for two numbers that nobody reads
 
 
-@by_case
+@pytest.mark.parametrize("case", [FSDP, ZERO], ids=lambda case: case.name)
 def test_shardings_stay(case):
     """From init through update, jit and scan."""
     run = run_of(case)
@@ -161,7 +164,7 @@ def test_shardings_stay(case):
 @pytest.mark.parametrize("zero_axis", [None, "a"])
 def test_bytes(zero_axis):
     """`plan` says what lies on each device; ZeRO divides what is replicated."""
-    case = CASES[3]._replace(zero_axis=zero_axis)
+    case = ZERO._replace(zero_axis=zero_axis)
     planned = stquant.plan(gradients(0), BUDGET, sharding=case.sharding)
     state = stquant.scale_by_adam_q(precision=BUDGET, sharding=case.sharding).init(
         case.put(gradients(0))
@@ -294,13 +297,14 @@ def test_torn():
 
 def test_fused_update():
     """New parameters, rounded at random, are those of one device."""
-    case = CASES[3]
-    params = {name: np.ones(shape, jnp.bfloat16) for name, shape in SHAPES.items()}
+    case, names = ZERO, ("wide", "flat", "bias")
+    params = {name: np.ones(SHAPES[name], jnp.bfloat16) for name in names}
+    grads_of = {name: gradients(0)[name] for name in names}
     done = []
     for here in (None, case):
         tx = stquant.adamw(1e-2, sharding=here.sharding if here else None)
         put = here.put if here else (lambda tree: tree)
-        p, grads = put(params), put(gradients(0))
+        p, grads = put(params), put(grads_of)
         step = jax.jit(functools.partial(stquant.fused_update, tx, stochastic_rounding=True))
         p, state = step(grads, tx.init(p), p)
         done.append(jax.device_get(step(grads, state, p)[0]))
@@ -310,7 +314,7 @@ def test_fused_update():
 
 def test_conversions():
     """`resize`, `to_optax` and `from_optax` on a mesh do what they do on one device."""
-    case, grads = CASES[2], gradients(0)
+    case, grads = TWO, {name: gradients(0)[name] for name in ("stack", "flat", "bias")}
     wide = stquant.Budget(6.0, interval=3, warmup=0)
     done = []
     for here in (None, case):
@@ -333,7 +337,7 @@ def test_solo():
     and updates then, but for last bits."""
     names = ("flat", "stack", "bias")  # of which the second is not
     grads = {name: gradients(0)[name] for name in names}
-    tx, case = stquant.scale_by_solo(), CASES[1]
+    tx, case = stquant.scale_by_solo(), FSDP
     sharded = stquant.scale_by_solo(sharding=case.sharding)
     state, here = tx.init(grads), sharded.init(case.put(grads))
     step = jax.jit(sharded.update, donate_argnums=1)
