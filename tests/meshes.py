@@ -12,13 +12,10 @@ import stquant_jax as stquant
 # One leaf of every kind, and every way in which parts lie in their leaf.
 SHAPES = {
     "wide": (256, 1024),  # groups along the rows
-    "tall": (1024, 128),  # groups along the columns
-    "heads": (256, 8, 32),
     "stack": (2, 256, 512),  # bands of a part come in runs
     "deep": (4, 256, 128),  # lanes of a part come in runs
     "folded": (128, 192),
     "flat": (16, 2048),
-    "ragged": (70, 333),
     "bias": (512,),
     "scale": (96,),
 }
@@ -27,38 +24,29 @@ SPECS = {
     "data": P(),
     "fsdp": {
         "wide": P(None, "a"),
-        "tall": P("a"),
-        "heads": P("a"),
         "stack": P(None, "a"),
         "deep": None,
         "flat": P("a"),
         "bias": P("a"),
         "folded": None,
-        "ragged": None,
         "scale": None,
     },
     "fsdp+tensor": {
         "wide": P("b", "a"),
-        "tall": P("a", "b"),
-        "heads": P("a", "b"),
         "stack": P(None, "b", "a"),
         "deep": P(None, "b", "a"),
         "folded": P("b"),
         "flat": P("b"),
         "bias": P("b"),
-        "ragged": None,
         "scale": P("a"),
     },
     "data+fsdp+tensor": {
         "wide": P("b", "c"),
-        "tall": P(("b", "c")),
-        "heads": P("b", "c"),
         "stack": P(None, "b", "c"),
         "deep": P(None, "b", "c"),
         "folded": P("c"),
         "flat": P(("b", "c")),
         "bias": P("c"),
-        "ragged": P(),
         "scale": P(),
     },
 }
@@ -93,12 +81,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("data", (8,), "data"),
     Case("zero", (8,), "data", zero_axis="a"),
     Case("fsdp", (8,), "fsdp", axis_type=AxisType.Explicit),
     Case("two axes", (4, 2), "fsdp+tensor"),
-    Case("three axes", (2, 2, 2), "data+fsdp+tensor", axis_type=AxisType.Explicit),
-    Case("three axes, zero", (2, 2, 2), "data+fsdp+tensor", zero_axis="a"),
+    Case("three axes, zero", (2, 2, 2), "data+fsdp+tensor", "a", AxisType.Explicit),
 ]
 
 

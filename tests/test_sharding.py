@@ -79,7 +79,7 @@ def test_bits(case):
     assert np.any(half["plan"]["widths"] != final["plan"]["widths"]), "no plan has changed"
 
 
-@pytest.mark.parametrize(("source", "target"), [(0, 4), (4, None), (None, 1), (3, 2)])
+@pytest.mark.parametrize(("source", "target"), [(1, 2), (3, None), (None, 3)])
 def test_restored_on_another_mesh(source, target):
     """Saved half way on one mesh, and gone on with on another, or on none."""
     source, target = (None if i is None else CASES[i] for i in (source, target))
@@ -126,9 +126,7 @@ def test_program(case):
         for found in re.findall(rf" ({COLLECTIVES})(?:-start)?\(", body)
     }
     assert always == ({"all-gather"} if case.zero_axis else set())
-    anywhere = set(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
-    replicated = case.specs == "data" and not case.zero_axis
-    assert ("all-reduce" in anywhere) != replicated
+    assert " all-reduce" in text  # of statistics
 
     state = run.tx.init(run.put(gradients(0)))
     arena = state.arena.addressable_shards[0].data
@@ -160,23 +158,22 @@ def test_shardings_stay(case):
         assert x.sharding.is_equivalent_to(case.of(name), x.ndim)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=lambda case: case.name)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_bytes(case, axis_type):
+@pytest.mark.parametrize("zero_axis", [None, "a"])
+def test_bytes(zero_axis):
     """`plan` says what lies on each device; ZeRO divides what is replicated."""
-    case = case._replace(axis_type=axis_type)
+    case = CASES[3]._replace(zero_axis=zero_axis)
     planned = stquant.plan(gradients(0), BUDGET, sharding=case.sharding)
     state = stquant.scale_by_adam_q(precision=BUDGET, sharding=case.sharding).init(
         case.put(gradients(0))
     )
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     assert planned.total_bytes == here
-    assert planned.devices == (8 if case.zero_axis else 4)
+    assert planned.devices == (8 if zero_axis else 4)
     parts = {leaf.path: leaf.part for leaf in planned.leaves}
-    assert parts["wide"] == ((256, 128) if case.zero_axis else (128, 512))
+    assert parts["wide"] == ((128, 256) if zero_axis else (128, 512))
     now = stquant.report(state, gradients(0), BUDGET, sharding=case.sharding)
     assert now.total_bytes == here
-    assert "8 devices" in str(planned) or not case.zero_axis
+    assert f"each of {planned.devices} devices" in str(planned)
 
 
 # --- where the sharding comes from ---
@@ -297,7 +294,7 @@ def test_torn():
 
 def test_fused_update():
     """New parameters, rounded at random, are those of one device."""
-    case = CASES[5]
+    case = CASES[3]
     params = {name: np.ones(shape, jnp.bfloat16) for name, shape in SHAPES.items()}
     done = []
     for here in (None, case):
@@ -313,7 +310,7 @@ def test_fused_update():
 
 def test_conversions():
     """`resize`, `to_optax` and `from_optax` on a mesh do what they do on one device."""
-    case, grads = CASES[3], gradients(0)
+    case, grads = CASES[2], gradients(0)
     wide = stquant.Budget(6.0, interval=3, warmup=0)
     done = []
     for here in (None, case):
@@ -334,9 +331,9 @@ def test_conversions():
 def test_solo():
     """Blocks are of a device's own part: those of one device where parts are whole blocks in a row,
     and updates then, but for last bits."""
-    names = ("tall", "wide", "bias")  # of which the second is not
+    names = ("flat", "stack", "bias")  # of which the second is not
     grads = {name: gradients(0)[name] for name in names}
-    tx, case = stquant.scale_by_solo(), CASES[2]
+    tx, case = stquant.scale_by_solo(), CASES[1]
     sharded = stquant.scale_by_solo(sharding=case.sharding)
     state, here = tx.init(grads), sharded.init(case.put(grads))
     step = jax.jit(sharded.update, donate_argnums=1)
@@ -344,10 +341,10 @@ def test_solo():
     for _ in range(3):
         want, state = jax.jit(tx.update)(grads, state)
         updates, here = step(case.put(grads), here)
-    np.testing.assert_allclose(updates["tall"], want["tall"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(updates["flat"], want["flat"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(updates["bias"], want["bias"], rtol=1e-5)
-    assert here.mu["wide"].addressable_shards[0].data.size * 8 == state.mu["wide"].size
-    assert np.all(np.isfinite(updates["wide"]))
+    assert here.mu["stack"].addressable_shards[0].data.size * 8 == state.mu["stack"].size
+    assert np.all(np.isfinite(updates["stack"]))
 
 
 class MLP(nnx.Module):
