@@ -26,7 +26,7 @@ def cpu_model() -> str:
 def environment() -> dict[str, Any]:
     """Machine kind, versions, date and command line of this run."""
     options = [arg if not Path(arg).is_absolute() else Path(arg).name for arg in sys.argv[1:]]
-    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

@@ -166,6 +166,48 @@ def switch() -> str:
     return _table(["seed", "optax.adamw", "switched"], body) + _source(record)
 
 
+def pod() -> str:
+    """What each chip of a slice holds, as its compiler lays it out."""
+    record = _io.read_json(_io.RESULTS / "pod.json")
+    held, cfg = record["per_device"], record["config"]
+    names = {
+        "parameter_bytes": "parameters, float32",
+        "state_bytes": "optimizer state",
+        "plan_bytes": "... by `stquant.plan`",
+        "float32_bytes": "... of float32 Adam",
+        "temporary_bytes": "temporaries of a step",
+    }
+    body = [[name, f"{held[key]:,}"] for key, name in names.items()]
+    setting = (
+        f"{held['parameters']:,} parameters, {cfg['bits']} bits, {cfg['fsdp']} x {cfg['tensor']} "
+        f"chips by fsdp and tensor, {cfg['batch']} sequences of {cfg['length']}; libtpu "
+        f"{held['libtpu']}."
+    )
+    header = [f"on each of {held['chips']} chips, {cfg['aot']}", "bytes"]
+    return _table(header, body) + _source(record) + "\n" + setting
+
+
+def faults() -> str:
+    """Kills, and what became of the training."""
+    record = _io.read_json(_io.RESULTS / "faults.json")
+    names = {
+        "kills": "kills",
+        "during_a_save": "... while a checkpoint was being written",
+        "restarts": "restarts from the newest complete checkpoint",
+        "lost": "complete checkpoints lost",
+        "arrays": "arrays in the last checkpoint",
+        "differing": "... that differ from those of an undisturbed run",
+    }
+    found = {
+        **record,
+        "restarts": sum(hit["resumed_from"] == hit["before"] for hit in record["hits"]),
+        "lost": sum(hit["complete"] < hit["before"] for hit in record["hits"]),
+        "differing": len(record["differing"]),
+    }
+    body = [[name, str(found[key])] for key, name in names.items()]
+    return _table(["a training process of two devices", "number"], body) + _source(record)
+
+
 def _table(header: list[str], body: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -191,6 +233,8 @@ def render(text: str) -> str:
         "compile": compile_,
         "demo": demo,
         "switch": switch,
+        "pod": pod,
+        "faults": faults,
     }
     for name, make in makers.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

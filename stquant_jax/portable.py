@@ -27,6 +27,7 @@ from stquant_jax.precision.tally import Tally, gathered, scattered
 from stquant_jax.records import read, read_exact, record_specs, torn, write, write_exact
 from stquant_jax.sharding import (
     Sharding,
+    divided,
     mesh_of,
     per_device,
     sharding_for,
@@ -129,7 +130,7 @@ def _portable(old: ScaleByAdamQState, layout: Layout, mesh: Any) -> dict[str, An
     exact = read_exact(layout, mesh, old.exact)
     leaves = layout.merge(quantized, exact)
     return {
-        _MARK: jnp.int32(VERSION),
+        _MARK: divided(jnp.int32(VERSION), mesh, P()),  # of all processes, as all else
         "count": old.count,
         "leaves": {leaf.path: x for leaf, x in zip(layout.leaves, leaves, strict=True)},
         "plan": plan._asdict(),
