@@ -99,8 +99,7 @@ def kill(lines: int, delay: float, directory: Path, **options: Any) -> dict[str,
 def faults(where: Path, kills: int, steps: int, seed: int, save_every: int = 3) -> dict[str, Any]:
     """A run that is killed so many times against one that is not.
 
-    Every other time death comes within a tenth of a second of the step after which it saves, else
-    at any time.
+    Every other time death comes within 0.3 seconds of a step after which it saves, else at any time.
     """
     calm, hard = where / "calm", where / "hard"
     flags = [*FLAGS, "--steps", steps, "--save-every", save_every]
@@ -112,9 +111,10 @@ def faults(where: Path, kills: int, steps: int, seed: int, save_every: int = 3) 
     undisturbed = lines_of(start(*flags, "--directory", calm, env=env))
     draw, hits, other = random.Random(seed), [], []
     for i in tqdm(range(kills), desc="kills", disable=None):
-        lines = save_every if i % 2 else draw.randint(1, 2 * save_every)
+        most = 4 * save_every
+        lines = save_every * draw.randint(1, 4) if i % 2 else draw.randint(1, most)
         hit = kill(
-            lines, draw.uniform(0, 0.1), hard, flags=flags, env=env, stderr=subprocess.DEVNULL
+            lines, draw.uniform(0, 0.3), hard, flags=flags, env=env, stderr=subprocess.DEVNULL
         )
         other += [line for line in hit.pop("losses") if line not in undisturbed]
         hits.append({"before": hits[-1]["complete"] if hits else 0} | hit)
@@ -139,7 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as where:

@@ -56,6 +56,7 @@ def read(leaf: Leaf, mesh: Any, axes: tuple, slots: Slots, packed: rows.Packed) 
     return arrays | {"checksum": checksum, "torn": jnp.asarray(torn(leaf))}
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def read_exact(layout: Layout, mesh: Any, moments: jax.Array) -> list[Record]:
     """The records of all exact leaves."""
     if not layout.exact:
@@ -70,7 +71,7 @@ def read_exact(layout: Layout, mesh: Any, moments: jax.Array) -> list[Record]:
         ]
 
     specs = [record_specs(leaf) | {"checksum": P()} for leaf in layout.exact]
-    return jax.jit(per_device(local, mesh, (state_specs(layout).exact,), specs))(moments)
+    return per_device(local, mesh, (state_specs(layout).exact,), specs)(moments)
 
 
 def record_specs(leaf: Leaf) -> dict[str, P]:
@@ -146,6 +147,7 @@ def write(
     return run(slots, packed, arrays)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def write_exact(layout: Layout, mesh: Any, exact: list[Record]) -> tuple[jax.Array, list]:
     """The vectors of all exact leaves' moments, and checksums of their records."""
     axes = [leaf.all_axes for leaf in layout.exact]
@@ -159,4 +161,4 @@ def write_exact(layout: Layout, mesh: Any, exact: list[Record]) -> tuple[jax.Arr
     specs = [record_specs(leaf) for leaf in layout.exact]
     out = state_specs(layout).exact, [P()] * len(specs)
     pairs = [{name: pair[name] for name in rows.MOMENTS} for pair in exact]
-    return jax.jit(per_device(local, mesh, (specs,), out))(pairs)
+    return per_device(local, mesh, (specs,), out)(pairs)

@@ -7,7 +7,7 @@ from benchmarks import faults
 
 def test_killed_and_restarted(tmp_path):
     """`python -m benchmarks.faults` does it thirty times."""
-    record = faults.faults(tmp_path, kills=3, steps=30, seed=0)
+    record = faults.faults(tmp_path, kills=3, steps=60, seed=0)
     assert record["kills"] == 3
     assert record["resumed_from"][-1] > 0  # it had something to lose
     assert record["from_the_newest"] and record["never_lost"]
