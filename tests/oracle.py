@@ -34,7 +34,7 @@ class Nu(NamedTuple):
 
 
 def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: Noise) -> Nu:
-    """``turn`` is the one row of each tile that may move in this step."""
+    """``turn`` is the one row of each tile that may move in this step, if any."""
     width, dither = slot.nu, random.nu
     delta, last = slot.window / 2**width, 2**width - 1
     energy = v.sum(-2, keepdims=True)
@@ -51,15 +51,16 @@ def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: No
     # The row in turn makes up a quarter of what its mean code is off its tile's. Without codes it
     # takes its drift, for the 32 steps until its next turn. A row of padding stays.
     row = old.nu_row.astype(float)
-    here = living[:, turn].sum(-1)
-    if width:
-        tile = (old.nu * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
-        far = (old.nu * living)[:, turn].sum(-1) / np.maximum(here, 1) - tile
-        move = ROW_GAIN * delta * far
-    else:
-        move = -GROUP * np.where(living, own, 0)[:, turn].sum(-1) / np.maximum(here, 1)
-    move = np.clip(np.where(here > 0, move, 0) / ROW_STEP, -ROW_MOST, ROW_MOST)
-    row[:, turn, 0] += np.floor(move + dither[:, turn, 0])
+    if turn is not None:
+        here = living[:, turn].sum(-1)
+        if width:
+            tile = (old.nu * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
+            far = (old.nu * living)[:, turn].sum(-1) / np.maximum(here, 1) - tile
+            move = ROW_GAIN * delta * far
+        else:
+            move = -GROUP * np.where(living, own, 0)[:, turn].sum(-1) / np.maximum(here, 1)
+        move = np.clip(np.where(here > 0, move, 0) / ROW_STEP, -ROW_MOST, ROW_MOST)
+        row[:, turn, 0] += np.floor(move + dither[:, turn, 0])
     lowest = np.where(inside.any(-1, keepdims=True), row, ROW_LAST).min(-2, keepdims=True)
     row = np.minimum(row, lowest + ROW_LAST)
     down = (row - np.where(absent, 0, old.nu_row)) * ROW_STEP

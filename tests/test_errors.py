@@ -125,6 +125,15 @@ def test_state_of_another_storage(storage):
         resize(state, PARAMS, Fixed(6, 4), storage)
 
 
+@pytest.mark.parametrize("precision", [Fixed(5, 5), Fixed(4, 4), Budget(7.0)], ids=str)
+def test_state_of_another_budget(precision):
+    """Its rows are not this policy's to fill: said, also under jit."""
+    tx, state = scale_by_adam_q(precision=precision), TX.init(PARAMS)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"arena has 9 rows, .*: expected .*stquant\.resize"):
+            update(PARAMS, state)
+
+
 def test_other_exact_pins():
     """Leaves that are exact to the one and not to the other: said, wherever they are read."""
     state, pinned = TX.init(PARAMS), Fixed(5, 4, pins={"tile": "exact"})
