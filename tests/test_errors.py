@@ -15,6 +15,11 @@ from tests import common
 TX = scale_by_adam_q(precision=Fixed(5, 4))
 PARAMS = common.zeros({"tile": (128, 32), "bias": (40,)})
 
+
+def from_optax(*options):
+    return stquant.from_optax(optax.scale_by_adam().init(PARAMS), PARAMS, *options)
+
+
 # What is called, and what its message must hold.
 ARGUMENTS = [
     (lambda: Fixed(mu=1), "mu=1", "from 2 to 8"),
@@ -66,6 +71,9 @@ ARGUMENTS = [
     (lambda: stquant.adamw(1e-3, b1=2.0), "b1=2.0", "0 <= b1 < 1"),
     (lambda: stquant.plan(PARAMS, precision=4), "precision=4", "stquant.Fixed"),
     (lambda: stquant.plan(PARAMS, Budget(0.5)), "bits=0.5", "smallest budget that fits"),
+    (lambda: from_optax(5.0), "precision=5.0", "stquant.Fixed"),
+    (lambda: from_optax(Fixed(5, 4), "xla"), "storage='xla'", "stquant.Storage"),
+    (lambda: from_optax(Budget(0.5)), "bits=0.5", "smallest budget that fits"),
 ]
 
 
@@ -172,7 +180,13 @@ def test_traced_state(read):
         jax.jit(read)(TX.init(PARAMS))
 
 
-@pytest.mark.parametrize("read", [stquant.report, stquant.to_optax, resize])
+def test_traced_moments():
+    state = optax.scale_by_adam().init(PARAMS)
+    with pytest.raises(ValueError, match="state is traced: .* call from_optax outside jit"):
+        jax.jit(lambda state: stquant.from_optax(state, PARAMS))(state)
+
+
+@pytest.mark.parametrize("read", [stquant.from_optax, stquant.report, stquant.to_optax, resize])
 def test_storage_in_the_place_of_a_policy(read):
     with pytest.raises(ValueError, match=r"precision=Storage\(.*: expected a policy"):
         read(TX.init(PARAMS), PARAMS, Storage())
