@@ -260,6 +260,26 @@ def step(g, old: Codes, where: Place, adam: Adam, slot: Slot, count) -> tuple[np
     return np.where(inside, update, 0), Codes(mu, nu.codes, mu_scale, nu.scale, nu.row)
 
 
+def encode_anew(m, v, where: Place, slot: Slot, count) -> Codes:
+    """Codes of moments of which nothing is stored: a row is its elements' mean share of their
+    groups' energy; all else is as in a step, in which no row moves."""
+    inside, zeros = where.element >= 0, np.zeros(v.shape, int)
+    energy, size = v.sum(-2, keepdims=True), inside.sum(-2, keepdims=True)
+    living = inside & (energy >= TINY)
+    random = noise(slot.seed, slot.leaf, count, where.group)
+    with np.errstate(all="ignore"):
+        parts = np.where(living, v * size / energy, 0).sum(-1, keepdims=True)
+        octaves = 0.5 * np.log2(parts / living.sum(-1, keepdims=True))
+        row = np.floor(0.5 - octaves / ROW_STEP)
+        row = np.where(living.any(-1, keepdims=True), row, 0)
+        nothing = Codes(zeros, zeros, zeros[:, :1], zeros[:, :1], row)
+        nu = encode_nu(v, v, nothing, inside, slot, None, random)
+        root = decode_nu(nu.codes, nu.scale, nu.row, slot.nu, slot.window)
+        e, alive = np.where(living, m / root, 0), living.any(-2, keepdims=True)
+        mu, mu_scale = encode_mu(e, inside, alive, slot.mu, random)
+    return Codes(mu, nu.codes, mu_scale, nu.scale, nu.row)
+
+
 def statistics(
     g, old: Codes, new: Codes, where: Place, adam: Adam, slot: Slot, count
 ) -> dict[str, np.ndarray]:

@@ -180,10 +180,38 @@ def test_traced_state(read):
         jax.jit(read)(TX.init(PARAMS))
 
 
+GOOD = optax.scale_by_adam().init(PARAMS)
+
+
+def changed(**moments):
+    return GOOD._replace(**{k: getattr(GOOD, k) | v for k, v in moments.items()})
+
+
+MOMENTS = [
+    (optax.sgd(0.1).init(PARAMS), ("state is tuple", "optax.ScaleByAdamState", "not none")),
+    ((GOOD, GOOD), ("state is tuple", "one of it", "not 2")),
+    (TX.init(PARAMS), ("ScaleByAdamQState", "not none")),
+    (changed(mu={"more": jnp.zeros(3)}), ("state.mu", "['more']", "expected the tree")),
+    (GOOD._replace(nu={"bias": jnp.zeros(40)}), ("state.nu", "['tile']", "expected the tree")),
+    (GOOD._replace(mu=tuple(GOOD.mu.values())), ("state.mu", "expected the tree")),
+    (changed(mu={"bias": jnp.zeros(41)}), ("mu['bias']", "(41,)", "expected (40,)")),
+    (changed(nu={"tile": jnp.zeros((32, 128))}), ("nu['tile']", "(32, 128)", "(128, 32)")),
+    (changed(mu={"bias": jnp.zeros(40, int)}), ("mu['bias']", "int32", "real floating")),
+    (changed(nu={"bias": jnp.zeros(40, complex)}), ("nu['bias']", "complex64", "real floating")),
+    (changed(nu={"tile": GOOD.nu["tile"].at[3, 3].set(-1)}), ("nu['tile']", "negative")),
+]
+
+
+@pytest.mark.parametrize(("state", "parts"), MOMENTS, ids=[" ".join(x[1]) for x in MOMENTS])
+def test_moments_of_optax(state, parts):
+    with pytest.raises(ValueError) as error:
+        stquant.from_optax(state, PARAMS, Fixed(5, 4))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
 def test_traced_moments():
-    state = optax.scale_by_adam().init(PARAMS)
     with pytest.raises(ValueError, match="state is traced: .* call from_optax outside jit"):
-        jax.jit(lambda state: stquant.from_optax(state, PARAMS))(state)
+        jax.jit(lambda state: stquant.from_optax(state, PARAMS))(GOOD)
 
 
 @pytest.mark.parametrize("read", [stquant.from_optax, stquant.report, stquant.to_optax, resize])
