@@ -147,7 +147,7 @@ def test_special_groups():
         v *= np.where(random.random(v.size) < 0.5, 0, 10 ** (3 * random.standard_normal(v.size)))
         m[:] = np.sqrt(v) * random.uniform(-8, 8, v.size)
         groups = [x[x >= 0] for x in PLACES[name].element[0].T[:9]]
-        for group, mean in zip(groups, (0, 1e-40, 1e36, 2.0**-98), strict=False):
+        for group, mean in zip(groups, (0, 1e-40, 1e36, 2.0**-110), strict=False):
             v[group] = adam().nu[name].reshape(-1)[group]
             v[group] *= mean / v[group].mean(dtype=float)
             m[group] = 0.1 * np.sqrt(v[group])
@@ -164,7 +164,9 @@ def test_special_groups():
             x[0, :, 4:9] = v[0, :, 4:9] = 0
             assert np.isfinite(x).all()
         # Elements stop at 2**-63, whose squares are 2**-126: 32 of them add 2**-21 of 2**-100.
-        off = octaves(sums(v_q), sums(v))[sums(v) > 2.0**-100]
+        kept = sums(v) > 2.0**-100
+        kept[0, :, 3] = True  # all its elements are near 2**-55
+        off = octaves(sums(v_q), sums(v))[kept]
         assert np.max(np.abs(off)) <= STEP + ULP
     chex.assert_trees_all_equal(*([x.mu["bias"], x.nu["bias"]] for x in (back, state)))
 
@@ -297,10 +299,8 @@ def test_programs():
     assert all(kinds(x) == kinds(slots[0]) for x in slots)
 
     x = jnp.zeros((512, 4096))
-    state, layout = (
-        stquant.scale_by_adam_q(precision=FIXED).init(x),
-        interop.layout_for(x, FIXED, Storage()),
-    )
+    state = stquant.scale_by_adam_q(precision=FIXED).init(x)
+    layout = interop.layout_for(x, FIXED, Storage())
     packed = interop.rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
     ((leaf, at),) = interop.slots_of(layout, state.precision.plan)
     encode = interop._encode, (at, jnp.uint32(0), jnp.int32(1), packed, x, x)
