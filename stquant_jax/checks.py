@@ -152,3 +152,14 @@ def check_state(state: Any, layout: Layout) -> None:
             "expected gradients of the tree and shapes given to init, the same sharding, the same "
             "storage and the same pins to 'exact'"
         )
+
+
+def check_rows(state: Any, layout: Layout, capacity: int, precision: Policy) -> None:
+    """Raise ValueError if a state's arena is not the policy's: of so many rows on each device."""
+    got, want = state.arena.shape[0], layout.devices * capacity
+    if got != want:
+        raise ValueError(
+            f"the state's arena has {got} rows, but precision={precision!r} fills {want}: expected "
+            "a state of the same precision; stquant.resize(state, params, precision) moves one of "
+            "another to it"
+        )

@@ -19,7 +19,7 @@ from stquant_jax import arena as rows
 from stquant_jax import backends
 from stquant_jax.apply import Apply, apply_exact
 from stquant_jax.backends.repack import repack
-from stquant_jax.checks import check_hyperparameters, check_precision, check_state
+from stquant_jax.checks import check_hyperparameters, check_precision, check_rows, check_state
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.numerics import isolated
 from stquant_jax.places import counted_leaves
@@ -118,8 +118,8 @@ def scale_by_adam_q(
     Raises:
       ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it);
       at ``init``, a budget below the floor, complex or integer parameters, a sharding that does not
-      fit them; at ``update``, gradients or a state of another model, layout or sharding; at both,
-      under jit, arrays on a mesh with Auto axes of which nothing tells how they are divided.
+      fit them; at ``update``, gradients or a state of another model, layout, budget or sharding; at
+      both, under jit, arrays on a mesh with Auto axes of which nothing tells how they are divided.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
@@ -157,6 +157,7 @@ def scale_by_adam_q(
         layout = layout_for(grads, precision, storage, here)
         leaves, treedef = jax.tree.flatten(grads)
         check_state(state, layout)
+        check_rows(state, layout, capacity_for(layout, precision), precision)
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
 

@@ -34,7 +34,7 @@ class Nu(NamedTuple):
 
 
 def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: Noise) -> Nu:
-    """``turn`` is the one row of each tile that may move in this step."""
+    """``turn`` is the one row of each tile that may move in this step, if any."""
     width, dither = slot.nu, random.nu
     delta, last = slot.window / 2**width, 2**width - 1
     energy = v.sum(-2, keepdims=True)
@@ -51,15 +51,16 @@ def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: No
     # The row in turn makes up a quarter of what its mean code is off its tile's. Without codes it
     # takes its drift, for the 32 steps until its next turn. A row of padding stays.
     row = old.nu_row.astype(float)
-    here = living[:, turn].sum(-1)
-    if width:
-        tile = (old.nu * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
-        far = (old.nu * living)[:, turn].sum(-1) / np.maximum(here, 1) - tile
-        move = ROW_GAIN * delta * far
-    else:
-        move = -GROUP * np.where(living, own, 0)[:, turn].sum(-1) / np.maximum(here, 1)
-    move = np.clip(np.where(here > 0, move, 0) / ROW_STEP, -ROW_MOST, ROW_MOST)
-    row[:, turn, 0] += np.floor(move + dither[:, turn, 0])
+    if turn is not None:
+        here = living[:, turn].sum(-1)
+        if width:
+            tile = (old.nu * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
+            far = (old.nu * living)[:, turn].sum(-1) / np.maximum(here, 1) - tile
+            move = ROW_GAIN * delta * far
+        else:
+            move = -GROUP * np.where(living, own, 0)[:, turn].sum(-1) / np.maximum(here, 1)
+        move = np.clip(np.where(here > 0, move, 0) / ROW_STEP, -ROW_MOST, ROW_MOST)
+        row[:, turn, 0] += np.floor(move + dither[:, turn, 0])
     lowest = np.where(inside.any(-1, keepdims=True), row, ROW_LAST).min(-2, keepdims=True)
     row = np.minimum(row, lowest + ROW_LAST)
     down = (row - np.where(absent, 0, old.nu_row)) * ROW_STEP
@@ -257,6 +258,26 @@ def step(g, old: Codes, where: Place, adam: Adam, slot: Slot, count) -> tuple[np
         mu_scale = np.where(nu.scale == BASE_NOT_FINITE, MU_NOT_FINITE, mu_scale)
         update = direction(g, m, nu.used, adam, count)
     return np.where(inside, update, 0), Codes(mu, nu.codes, mu_scale, nu.scale, nu.row)
+
+
+def encode_anew(m, v, where: Place, slot: Slot, count) -> Codes:
+    """Codes of moments of which nothing is stored: a row is its elements' mean share of their
+    groups' energy; all else is as in a step, in which no row moves."""
+    inside, zeros = where.element >= 0, np.zeros(v.shape, int)
+    energy, size = v.sum(-2, keepdims=True), inside.sum(-2, keepdims=True)
+    living = inside & (energy >= TINY)
+    random = noise(slot.seed, slot.leaf, count, where.group)
+    with np.errstate(all="ignore"):
+        parts = np.where(living, v * size / energy, 0).sum(-1, keepdims=True)
+        octaves = 0.5 * np.log2(parts / living.sum(-1, keepdims=True))
+        row = np.floor(0.5 - octaves / ROW_STEP)
+        row = np.where(living.any(-1, keepdims=True), row, 0)
+        nothing = Codes(zeros, zeros, zeros[:, :1], zeros[:, :1], row)
+        nu = encode_nu(v, v, nothing, inside, slot, None, random)
+        root = decode_nu(nu.codes, nu.scale, nu.row, slot.nu, slot.window)
+        e, alive = np.where(living, m / root, 0), living.any(-2, keepdims=True)
+        mu, mu_scale = encode_mu(e, inside, alive, slot.mu, random)
+    return Codes(mu, nu.codes, mu_scale, nu.scale, nu.row)
 
 
 def statistics(

@@ -15,6 +15,11 @@ from tests import common
 TX = scale_by_adam_q(precision=Fixed(5, 4))
 PARAMS = common.zeros({"tile": (128, 32), "bias": (40,)})
 
+
+def from_optax(*options):
+    return stquant.from_optax(optax.scale_by_adam().init(PARAMS), PARAMS, *options)
+
+
 # What is called, and what its message must hold.
 ARGUMENTS = [
     (lambda: Fixed(mu=1), "mu=1", "from 2 to 8"),
@@ -66,6 +71,9 @@ ARGUMENTS = [
     (lambda: stquant.adamw(1e-3, b1=2.0), "b1=2.0", "0 <= b1 < 1"),
     (lambda: stquant.plan(PARAMS, precision=4), "precision=4", "stquant.Fixed"),
     (lambda: stquant.plan(PARAMS, Budget(0.5)), "bits=0.5", "smallest budget that fits"),
+    (lambda: from_optax(5.0), "precision=5.0", "stquant.Fixed"),
+    (lambda: from_optax(Fixed(5, 4), "xla"), "storage='xla'", "stquant.Storage"),
+    (lambda: from_optax(Budget(0.5)), "bits=0.5", "smallest budget that fits"),
 ]
 
 
@@ -125,6 +133,15 @@ def test_state_of_another_storage(storage):
         resize(state, PARAMS, Fixed(6, 4), storage)
 
 
+@pytest.mark.parametrize("precision", [Fixed(5, 5), Fixed(4, 4), Budget(7.0)], ids=str)
+def test_state_of_another_budget(precision):
+    """Its rows are not this policy's to fill: said, also under jit."""
+    tx, state = scale_by_adam_q(precision=precision), TX.init(PARAMS)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"arena has 9 rows, .*: expected .*stquant\.resize"):
+            update(PARAMS, state)
+
+
 def test_other_exact_pins():
     """Leaves that are exact to the one and not to the other: said, wherever they are read."""
     state, pinned = TX.init(PARAMS), Fixed(5, 4, pins={"tile": "exact"})
@@ -163,7 +180,41 @@ def test_traced_state(read):
         jax.jit(read)(TX.init(PARAMS))
 
 
-@pytest.mark.parametrize("read", [stquant.report, stquant.to_optax, resize])
+GOOD = optax.scale_by_adam().init(PARAMS)
+
+
+def changed(**moments):
+    return GOOD._replace(**{k: getattr(GOOD, k) | v for k, v in moments.items()})
+
+
+MOMENTS = [
+    (optax.sgd(0.1).init(PARAMS), ("state is tuple", "optax.ScaleByAdamState", "not none")),
+    ((GOOD, GOOD), ("state is tuple", "one of it", "not 2")),
+    (TX.init(PARAMS), ("ScaleByAdamQState", "not none")),
+    (changed(mu={"more": jnp.zeros(3)}), ("state.mu", "['more']", "expected the tree")),
+    (GOOD._replace(nu={"bias": jnp.zeros(40)}), ("state.nu", "['tile']", "expected the tree")),
+    (GOOD._replace(mu=tuple(GOOD.mu.values())), ("state.mu", "expected the tree")),
+    (changed(mu={"bias": jnp.zeros(41)}), ("mu['bias']", "(41,)", "expected (40,)")),
+    (changed(nu={"tile": jnp.zeros((32, 128))}), ("nu['tile']", "(32, 128)", "(128, 32)")),
+    (changed(mu={"bias": jnp.zeros(40, int)}), ("mu['bias']", "int32", "real floating")),
+    (changed(nu={"bias": jnp.zeros(40, complex)}), ("nu['bias']", "complex64", "real floating")),
+    (changed(nu={"tile": GOOD.nu["tile"].at[3, 3].set(-1)}), ("nu['tile']", "negative")),
+]
+
+
+@pytest.mark.parametrize(("state", "parts"), MOMENTS, ids=[" ".join(x[1]) for x in MOMENTS])
+def test_moments_of_optax(state, parts):
+    with pytest.raises(ValueError) as error:
+        stquant.from_optax(state, PARAMS, Fixed(5, 4))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_traced_moments():
+    with pytest.raises(ValueError, match="state is traced: .* call from_optax outside jit"):
+        jax.jit(lambda state: stquant.from_optax(state, PARAMS))(GOOD)
+
+
+@pytest.mark.parametrize("read", [stquant.from_optax, stquant.report, stquant.to_optax, resize])
 def test_storage_in_the_place_of_a_policy(read):
     with pytest.raises(ValueError, match=r"precision=Storage\(.*: expected a policy"):
         read(TX.init(PARAMS), PARAMS, Storage())

@@ -63,16 +63,15 @@ def test_same_as_the_chain(tx):
     Schedules of rate and decay, a mask by shapes, widths that move.
     """
     ours, theirs, params = fuse(tx), chain(tx), parameters()
-    runs = [(params, tx.init(params))] * 3
-    first = runs[0][1][0].precision.plan
+    runs, plans = [(params, tx.init(params))] * 3, set()
     for i in range(20):
         steps = (theirs, ours, ours if i % 3 else theirs)
         g = common.gaussian(SHAPES, i)
         runs = [step(g, state, p) for step, (p, state) in zip(steps, runs, strict=True)]
+        plans.add(tuple(runs[0][1][0].precision.plan.widths.tolist()))
     jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
     jax.tree.map(np.testing.assert_array_equal, runs[0], runs[2])
-    moved = np.any(first.widths != runs[0][1][0].precision.plan.widths)
-    assert moved == (tx is ALL)
+    assert (len(plans) > 1) == (tx is ALL)
 
 
 def test_same_as_separate_programs():
@@ -251,7 +250,9 @@ def test_in_place():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # 'Some donated buffers were not usable'
         program = step.lower(params, state, params).compile()
-    assert program.memory_analysis().alias_size_in_bytes >= common.nbytes((state, params))
+    unread = state[0].precision.tally.decays  # each step's own: the program does not take the last
+    kept = common.nbytes((state, params)) - unread.nbytes
+    assert program.memory_analysis().alias_size_in_bytes >= kept
 
 
 def test_odd_trees():

@@ -22,12 +22,13 @@ STORAGE = {
     "pallas_gpu": stquant.Storage(backend="pallas_gpu", interpret=True),
 }
 COLUMNS, TILE = (250, 64), (32, 128)
+WIDEST, NARROW = stquant.Fixed(8, 8), stquant.Fixed(4, 3)
 
 
 @functools.cache
-def step(storage, nesterov=False):
-    """A compiled step for all widths, which are data in the state."""
-    options = {"nesterov": nesterov, "precision": stquant.Fixed(8, 8), "storage": storage}
+def step(storage, precision=WIDEST, nesterov=False):
+    """A compiled step."""
+    options = {"nesterov": nesterov, "precision": precision, "storage": storage}
     tx = stquant.adamw(1e-2, weight_decay=0.1, **options)
     return jax.jit(functools.partial(stquant.fused_update, tx, stochastic_rounding=True))
 
@@ -50,7 +51,7 @@ def test_nesterov():
     shapes = {"narrow": (64, 120)}
     grads = gaussian(shapes, {}, 0)
     params = gaussian(shapes, {"narrow": jnp.bfloat16}, 1)
-    tx = stquant.adamw(1e-2, weight_decay=0.1, precision=stquant.Fixed(8, 8))
+    tx = stquant.adamw(1e-2, weight_decay=0.1, precision=WIDEST)
     results = {
         name: step(storage, nesterov=True)(grads, tx.init(params), params)
         for name, storage in STORAGE.items()
@@ -67,8 +68,8 @@ def test_no_races(capfd):
     shapes = {"leaf": (120, 64)}
     grads = gaussian(shapes, {"leaf": jnp.bfloat16}, 0)
     params = gaussian(shapes, {}, 1)
-    tx = stquant.adamw(1e-2, precision=stquant.Fixed(4, 3), storage=storage)
-    jax.block_until_ready(step(storage)(grads, tx.init(params), params))
+    tx = stquant.adamw(1e-2, precision=NARROW, storage=storage)
+    jax.block_until_ready(step(storage, NARROW)(grads, tx.init(params), params))
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -76,7 +77,7 @@ def test_lowering():
     """For a GPU that is not there: one kernel per geometry, the state updated in place."""
     shapes = {"a": TILE, "b": COLUMNS, "c": TILE, "d": TILE}
     storage = stquant.Storage(backend="pallas_gpu")
-    tx = stquant.scale_by_adam_q(precision=stquant.Fixed(4, 3), storage=storage)
+    tx = stquant.scale_by_adam_q(precision=NARROW, storage=storage)
     params = common.zeros(shapes)
     traced = jax.jit(tx.update).trace(params, tx.init(params))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
