@@ -99,7 +99,7 @@ def kill(lines: int, delay: float, directory: Path, **options: Any) -> dict[str,
 def faults(where: Path, kills: int, steps: int, seed: int, save_every: int = 3) -> dict[str, Any]:
     """A run that is killed so many times against one that is not.
 
-    Every other time death comes within 0.3 seconds of a step after which it saves, else at any time.
+    Every other time death comes within 0.3 s of a step after which it saves, else at any time.
     """
     calm, hard = where / "calm", where / "hard"
     flags = [*FLAGS, "--steps", steps, "--save-every", save_every]

@@ -106,6 +106,7 @@ class Run:
     def train(self, grads: list[Any]) -> None:
         for g in grads:
             self.params, self.state = self.step(self.params, self.state, self.put(g))
+            jax.block_until_ready(self.params)  # or devices that are threads wait for one another
 
     def saved(self) -> Any:
         state = stquant.to_portable(self.state, self.shapes, BUDGET, sharding=self.sharding)

@@ -24,7 +24,7 @@ from stquant_jax.planning import layout_for, rows_for, slots_for
 from stquant_jax.precision import Budget, Plan, Policy, PrecisionState
 from stquant_jax.precision.statistics import Observed
 from stquant_jax.precision.tally import Tally, gathered, scattered
-from stquant_jax.records import read, read_exact, record_specs, torn, write, write_exact
+from stquant_jax.records import done, read, read_exact, record_specs, torn, write, write_exact
 from stquant_jax.sharding import (
     Sharding,
     divided,
@@ -126,7 +126,7 @@ def _portable(old: ScaleByAdamQState, layout: Layout, mesh: Any) -> dict[str, An
     packed = rows.Packed(old.arena, old.mu_scale, old.nu_scale, old.nu_row)
     plan, observed, tally, memory = old.precision
     slots = slots_of(layout, plan)
-    quantized = [read(leaf, mesh, layout.axes, at, packed) for leaf, at in slots]
+    quantized = [done(read(leaf, mesh, layout.axes, at, packed)) for leaf, at in slots]
     exact = read_exact(layout, mesh, old.exact)
     leaves = layout.merge(quantized, exact)
     return {
@@ -149,7 +149,7 @@ def _restored(given: dict, new: ScaleByAdamQState, layout: Layout, mesh: Any) ->
     sums = []
     for (leaf, slots), x in zip(slots_of(layout, plan), quantized, strict=True):
         arrays = {name: x[name] for name in record_specs(leaf)}
-        packed, found = write(leaf, mesh, layout.axes, slots, packed, arrays)
+        packed, found = done(write(leaf, mesh, layout.axes, slots, packed, arrays))
         sums.append(found)
     vectors, found = write_exact(layout, mesh, exact)
     _check_sums(layout, sums, found, quantized, exact)
