@@ -266,6 +266,8 @@ def report(
     layout = layout_for(params, precision, storage, sharding_for(params, sharding))
     check_state(state, layout)
     schedule = sum(x.nbytes for x in jax.tree.leaves((state.count, state.precision)))
+    if tally := state.precision.tally:  # of which each device has its own
+        schedule -= tally.digits.nbytes - tally.digits.nbytes // layout.devices
     widths = np.asarray(state.precision.plan.widths)
     capacity = state.arena.shape[0] // layout.devices
     return _report(layout, widths, capacity, schedule, storage)

@@ -67,10 +67,13 @@ class Sharding:
         Raises:
           ValueError: there is no spec for it, or one of more axes than it has.
         """
-        fitting = [p for p in self._by_path() if p in ("", path) or path.startswith(f"{p}.")]
-        if not fitting:
+        specs = self._by_path()
+        fitting = [p for p in specs if p in ("", path) or path.startswith(f"{p}.")]
+        # A spec in a box, as Flax has them, may lie a floor below.
+        boxed = [p for p in specs if p.startswith(f"{path}.")]
+        if not fitting and len(boxed) != 1:
             raise ValueError(f"specs has nothing for leaf {path!r}: expected a PartitionSpec")
-        spec = self._by_path()[max(fitting, key=len)]
+        spec = specs[max(fitting, key=len)] if fitting else specs[boxed[0]]
         if len(spec) > ndim:
             raise ValueError(
                 f"specs has {spec} for leaf {path!r} of {ndim} axes: expected no more entries"
@@ -202,7 +205,7 @@ class Whereabouts:
         if found is UNKNOWN:
             return self._remembered(key)
         seen = self._seen.setdefault(key, found)
-        if not _alike(seen, found):
+        if seen is UNKNOWN or not _alike(seen, found):
             self._seen[key] = UNKNOWN  # which of the two an update is for, it cannot tell
         return found
 
