@@ -106,6 +106,11 @@ def find_the_one(state: Any, is_one: Callable[[Any], bool], kind: str) -> Any:
     return found[0]
 
 
+def replaced(state: Any, is_one: Callable[[Any], bool], new: Any) -> Any:
+    """An optimizer's state with `find_the_one`'s node replaced."""
+    return jax.tree.map(lambda x: new if is_one(x) else x, state, is_leaf=is_one)
+
+
 def check_moments(name: str, moments: Any, params: Any) -> None:
     """Raise ValueError unless a moment's tree is one of real floating arrays, shaped like the
     parameters."""
@@ -144,7 +149,7 @@ def check_state(state: Any, layout: Layout) -> None:
         )
     got = (state.mu_scale.shape[0], state.exact.shape[1], len(state.precision.plan.widths))
     n = layout.devices
-    want = (n * layout.tiles, n * layout.exact_size, 2 * len(layout.quantized))
+    want = (n * layout.tiles, n * layout.exact_columns, 2 * len(layout.quantized))
     if got != want:
         raise ValueError(
             f"the state holds {got[0]} tiles, {got[1]} exact elements and {got[2]} slots, but "

@@ -18,19 +18,14 @@ from stquant_jax.checks import (
     find_state,
     find_the_one,
     is_state,
+    replaced,
 )
+from stquant_jax.devices import mesh_of, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.moments import decode_leaf, encode_leaf, slots_of
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Budget, Policy
-from stquant_jax.sharding import (
-    Sharding,
-    mesh_of,
-    per_device,
-    sharding_for,
-    spec_of,
-    whole_replicas,
-)
+from stquant_jax.sharding import Sharding, sharding_for
 from stquant_jax.transform import (
     ScaleByAdamQState,
     packed_specs,
@@ -108,7 +103,7 @@ def from_optax(
     here = sharding_for(params, sharding)
     layout = layout_for(params, precision, storage, here)
     new: Any = scale_by_adam_q(precision=precision, storage=storage, sharding=here).init(params)
-    return _replaced(state, _is_adam, _encoded(old, new, layout, storage, mesh_of(here)))
+    return replaced(state, _is_adam, _encoded(old, new, layout, storage, mesh_of(here)))
 
 
 def to_optax(
@@ -162,7 +157,7 @@ def to_optax(
     treedef, dtype = jax.tree.structure(params), jnp.float32 if mu_dtype is None else mu_dtype
     mu, nu = (whole_replicas([pair[i] for pair in moments], layout, here) for i in range(2))
     mu, nu = (treedef.unflatten(side) for side in ([x.astype(dtype) for x in mu], nu))
-    return _replaced(state, is_state, optax.ScaleByAdamState(old.count, mu, nu))
+    return replaced(state, is_state, optax.ScaleByAdamState(old.count, mu, nu))
 
 
 def _encoded(
@@ -182,7 +177,7 @@ def _encoded(
     for (leaf, at), (mu, nu) in zip(slots, quantized, strict=True):
         packed = _encode(leaf, mesh, layout.axes, at, seed, count, packed, mu, nu)
     vectors = new.exact
-    if exact:
+    if layout.exact_size:
         join = per_device(
             lambda *sides: jnp.stack([_flattened(side) for side in sides]),
             mesh,
@@ -214,8 +209,3 @@ def _check_signs(nu: Any, params: Any) -> None:
 
 def _is_adam(x: Any) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
-
-
-def _replaced(state: Any, is_old: Any, new: Any) -> Any:
-    """``state`` with the one node that ``is_old`` replaced."""
-    return jax.tree.map(lambda x: new if is_old(x) else x, state, is_leaf=is_old)

@@ -204,6 +204,11 @@ class Layout:
         return sum(leaf.size for leaf in self.exact)
 
     @property
+    def exact_columns(self) -> int:
+        """Of the array that holds them: one at least, since Orbax saves no empty arrays."""
+        return max(1, self.exact_size)
+
+    @property
     def size(self) -> int:
         return sum(leaf.size for leaf in self.leaves)
 
@@ -217,7 +222,7 @@ class Layout:
         if not self.exact:
             return []
         ends = np.cumsum([leaf.size for leaf in self.exact])
-        parts = jnp.split(vector, ends[:-1], axis=-1)
+        parts = jnp.split(vector[..., : self.exact_size], ends[:-1], axis=-1)
         shapes = [(*vector.shape[:-1], *leaf.shape) for leaf in self.exact]
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -7,10 +7,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.checks import check_precision, check_state, find_state, is_state
+from stquant_jax.devices import shardings, spec_of
 from stquant_jax.layout import Storage
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Budget, Policy
-from stquant_jax.sharding import Sharding, sharding_for, shardings, spec_of
+from stquant_jax.sharding import Sharding, sharding_for
 from stquant_jax.transform import state_specs
 
 

@@ -59,10 +59,12 @@ def slots_for(layout: Layout, precision: Policy) -> Slots:
 
 
 def schedule_bytes(layout: Layout, precision: Policy) -> int:
-    """Bytes of the step count and of the policy's part of the state."""
+    """Bytes of what belongs to no leaf: the step count and the policy's part of the state."""
     slots = slots_for(layout, precision)
     state = jax.eval_shape(lambda: precision.init(slots, 0))
-    return COUNT_BYTES + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    none_exact = 8 * (layout.exact_columns - layout.exact_size)
+    schedule = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return COUNT_BYTES + none_exact + schedule
 
 
 def rows_for(layout: Layout, precision: Policy) -> int:

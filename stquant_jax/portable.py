@@ -16,7 +16,15 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
-from stquant_jax.checks import check_concrete, check_precision, check_state, find_state, is_state
+from stquant_jax.checks import (
+    check_concrete,
+    check_precision,
+    check_state,
+    find_state,
+    is_state,
+    replaced,
+)
+from stquant_jax.devices import divided, mesh_of, per_device, shardings
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.moments import slots_of
 from stquant_jax.placement import state_shardings
@@ -25,14 +33,7 @@ from stquant_jax.precision import Budget, Plan, Policy, PrecisionState
 from stquant_jax.precision.statistics import Observed
 from stquant_jax.precision.tally import Tally, gathered, scattered
 from stquant_jax.records import done, read, read_exact, record_specs, torn, write, write_exact
-from stquant_jax.sharding import (
-    Sharding,
-    divided,
-    mesh_of,
-    per_device,
-    sharding_for,
-    shardings,
-)
+from stquant_jax.sharding import Sharding, sharding_for
 from stquant_jax.transform import (
     ScaleByAdamQState,
     scale_by_adam_q,
@@ -77,9 +78,9 @@ def to_portable(
     check_state(old, layout)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(old)):
         state = _on(state, state_shardings(state, params, precision, storage, here))
-        return _replaced(state, is_state, _shapes(old, layout, mesh))
+        return replaced(state, is_state, _shapes(old, layout, mesh))
     check_concrete(old, "to_portable")
-    return _replaced(state, is_state, _portable(old, layout, mesh))
+    return replaced(state, is_state, _portable(old, layout, mesh))
 
 
 def from_portable(
@@ -116,7 +117,7 @@ def from_portable(
     new: Any = tx.init(params)
     _check_like(given, _shapes(new, layout, mesh))
     _check_plan(given, layout, precision)
-    return _replaced(portable, _is_portable, _restored(given, new, layout, mesh))
+    return replaced(portable, _is_portable, _restored(given, new, layout, mesh))
 
 
 # --- the whole ---
@@ -151,7 +152,7 @@ def _restored(given: dict, new: ScaleByAdamQState, layout: Layout, mesh: Any) ->
         arrays = {name: x[name] for name in record_specs(leaf)}
         packed, found = done(write(leaf, mesh, layout.axes, slots, packed, arrays))
         sums.append(found)
-    vectors, found = write_exact(layout, mesh, exact)
+    vectors, found = write_exact(layout, mesh, exact) if layout.exact_size else (new.exact, [])
     _check_sums(layout, sums, found, quantized, exact)
     tally: Any = ()
     if layout.quantized:
@@ -261,16 +262,11 @@ def _check_sums(
     layout: Layout, sums: list, exact_sums: list, quantized: list[dict], exact: list[dict]
 ) -> None:
     found = [*((leaf, *x) for leaf, x in zip(layout.quantized, sums, strict=True))]
-    found += [(leaf, x, 0) for leaf, x in zip(layout.exact, exact_sums, strict=True)]
-    want = [x["checksum"] for x in (*quantized, *exact)]
+    found += [(leaf, x, 0) for leaf, x in zip(layout.exact, exact_sums, strict=False)]
+    want = [x["checksum"] for x in (*quantized, *exact[: len(exact_sums)])]
     for (leaf, got, odd), need in zip(jax.device_get(found), jax.device_get(want), strict=True):
         if got != need or odd:
             raise ValueError(
                 f"portable['leaves'][{leaf.path!r}] is not what was saved: its checksum is "
                 f"{int(got)}, expected {int(need)}; {int(odd)} of its codes do not fit their width"
             )
-
-
-def _replaced(state: Any, is_old: Any, new: Any) -> Any:
-    """``state`` with the one node that ``is_old`` replaced."""
-    return jax.tree.map(lambda x: new if is_old(x) else x, state, is_leaf=is_old)

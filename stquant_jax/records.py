@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
 from stquant_jax import planes
+from stquant_jax.devices import divided, per_device, spec_of
 from stquant_jax.layout import Layout, Leaf, from_tiles, to_tiles
 from stquant_jax.moments import Slots
 from stquant_jax.numerics import hash32
 from stquant_jax.planes import GROUP
-from stquant_jax.sharding import divided, per_device, spec_of
 from stquant_jax.shards import tile_order
 from stquant_jax.transform import packed_specs, state_specs
 

@@ -15,14 +15,16 @@ from stquant_jax.checks import (
     check_state,
     find_state,
     is_state,
+    replaced,
 )
+from stquant_jax.devices import mesh_of, per_device, shardings
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
 from stquant_jax.precision import Plan, Policy, PrecisionState
 from stquant_jax.precision.policy import DEFAULT_SHRINKAGE
 from stquant_jax.precision.slots import MU, NU
 from stquant_jax.precision.statistics import forget
-from stquant_jax.sharding import Sharding, mesh_of, per_device, sharding_for, shardings
+from stquant_jax.sharding import Sharding, sharding_for
 from stquant_jax.transform import ScaleByAdamQState, packed_specs, state_specs
 
 
@@ -69,7 +71,7 @@ def resize(
     layout = layout_for(params, precision, storage, here)
     check_state(old, layout)
     new = _resized(old, layout, precision, storage, here)
-    return jax.tree.map(lambda x: new if is_state(x) else x, state, is_leaf=is_state)
+    return replaced(state, is_state, new)
 
 
 def _resized(

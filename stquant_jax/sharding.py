@@ -1,16 +1,12 @@
 """Which device has which part of which leaf: meshes and partition specs, given or found out."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from stquant_jax.layout import Layout
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -212,15 +208,14 @@ class Whereabouts:
     def at_update(self, tree: Any) -> Sharding | None:
         if self._given is not None:
             return self._given
-        key = _key(tree)
-        if self._seen.get(key, UNKNOWN) is not UNKNOWN:
-            return self._seen[key]
-        found = sharding_of(tree)
-        return self._remembered(key) if found is UNKNOWN else found
+        found, key = sharding_of(tree), _key(tree)
+        if found is UNKNOWN or isinstance(self._seen.get(key), Sharding):
+            return self._remembered(key)
+        return found
 
-    def _remembered(self, key: Any) -> Sharding | None:
-        found = self._seen.get(key, UNKNOWN)
-        if found is UNKNOWN:
+    def _remembered(self, key: Any) -> Sharding:
+        found = self._seen.get(key)
+        if not isinstance(found, Sharding):
             raise ValueError(
                 "sharding=None, but the arrays lie on a mesh with Auto axes, which does not tell "
                 "under jit how they are divided: expected sharding=stquant.Sharding(mesh, specs), "
@@ -239,74 +234,3 @@ def _alike(a: Sharding | None, b: Sharding | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.mesh == b.mesh and a._by_path() == b._by_path()
-
-
-def per_device(f: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
-    """``f`` on every device's own parts; without a mesh, ``f``."""
-    if mesh is None:
-        return f
-    mapped = jax.shard_map(
-        f,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,  # replicas compute alike what it could not prove to be alike
-    )
-    if not _explicit(mesh):
-        return mapped
-
-    def call(*args):  # with Explicit axes nothing is moved unasked
-        return mapped(*jax.sharding.reshard(args, shardings(mesh, in_specs, args)))
-
-    return call
-
-
-def shardings(mesh: Any, specs: Any, tree: Any) -> Any:
-    """A NamedSharding for every leaf of a tree, by a spec for every branch of it."""
-
-    def of(spec, branch):
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec), branch)
-
-    return jax.tree.map(of, specs, tree, is_leaf=lambda x: isinstance(x, P))
-
-
-def divided(x: jax.Array, mesh: Any, spec: P) -> jax.Array:
-    """An array, divided so."""
-    if mesh is None:
-        return x
-    constrain = jax.sharding.reshard if _explicit(mesh) else lax.with_sharding_constraint
-    return constrain(x, NamedSharding(mesh, spec))
-
-
-def _explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in mesh.axis_types
-
-
-def mesh_of(sharding: Sharding | None) -> Any:
-    return sharding and sharding.mesh
-
-
-def spec_of(axes: Axes) -> P:
-    """The spec that divides each axis of an array along these axes of the mesh."""
-    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
-
-
-def part_specs(layout: Layout) -> list[P]:
-    """How each leaf's state, and with it the gradient, is divided."""
-    return [spec_of(leaf.axes) for leaf in layout.leaves]
-
-
-def whole_replicas(
-    leaves: Sequence[jax.Array], layout: Layout, sharding: Sharding | None
-) -> list[jax.Array]:
-    """Arrays divided as the parameters are, of ones divided as the state is, along the zero axis
-    too."""
-    if sharding is None:
-        return list(leaves)
-    out = []
-    for x, leaf in zip(leaves, layout.leaves, strict=True):
-        axes = sharding.axes_of(leaf.path, len(leaf.shape))
-        if leaf.axes != axes:
-            x = divided(x, sharding.mesh, spec_of(axes))
-        out.append(x)
-    return out

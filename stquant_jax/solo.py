@@ -20,21 +20,14 @@ from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
 from stquant_jax.checks import check_hyperparameters
+from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, to_float
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Fixed
 from stquant_jax.rules import Adam
-from stquant_jax.sharding import (
-    Sharding,
-    Whereabouts,
-    mesh_of,
-    part_specs,
-    per_device,
-    spec_of,
-    whole_replicas,
-)
+from stquant_jax.sharding import Sharding, Whereabouts
 
 # Half the median gap between neighbouring levels of the dynamic map of so many bits, to the digits
 # the paper's table of momenta was made with.

@@ -20,6 +20,7 @@ from stquant_jax import backends
 from stquant_jax.apply import Apply, apply_exact
 from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_rows, check_state
+from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.numerics import isolated
 from stquant_jax.places import counted_leaves
@@ -29,15 +30,7 @@ from stquant_jax.precision import Budget, Policy, PrecisionState, Sums
 from stquant_jax.precision.statistics import INTERVAL, aged
 from stquant_jax.precision.tally import Tally, add
 from stquant_jax.rules import Adam, AdamScalars
-from stquant_jax.sharding import (
-    Sharding,
-    Whereabouts,
-    mesh_of,
-    part_specs,
-    per_device,
-    spec_of,
-    whole_replicas,
-)
+from stquant_jax.sharding import Sharding, Whereabouts
 
 
 class ScaleByAdamQState(NamedTuple):
@@ -53,7 +46,8 @@ class ScaleByAdamQState(NamedTuple):
       mu_scale: uint8[tiles, 128], one per group of 32.
       nu_scale: uint16[tiles, 128].
       nu_row: uint8[tiles * 32], one per row of a tile.
-      exact: float32[2, n], mu and nu of the small leaves, one after the other.
+      exact: float32[2, n], mu and nu of the small leaves, one after the other; n is 1 if there are
+        none.
       precision: the plan (widths and windows of all slots), statistics, the policy's memory.
     """
 
@@ -196,7 +190,7 @@ def _init_state(layout: Layout, precision: Policy) -> ScaleByAdamQState:
         mu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["mu"]),
         nu_scale=jnp.zeros((layout.tiles, LANES), rows.SCALE_DTYPES["nu"]),
         nu_row=jnp.zeros((layout.tiles * GROUP,), jnp.uint8),
-        exact=jnp.zeros((len(rows.MOMENTS), layout.exact_size), jnp.float32),
+        exact=jnp.zeros((len(rows.MOMENTS), layout.exact_columns), jnp.float32),
         precision=precision.init(slots_for(layout, precision), rows_for(layout, precision)),
     )
 
@@ -302,7 +296,7 @@ def _update_exact(
     apply: Apply | None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The rule on the small leaves, in float32, all of them as one vector."""
-    if not moments.shape[1]:
+    if not layout.exact_size:
         return grads if apply is None else apply.params, moments
     g = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in grads])
     mu, nu = rule.accumulate(g, moments[0], moments[1], scalars)

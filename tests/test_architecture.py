@@ -14,8 +14,8 @@ PACKAGE = "stquant_jax"
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
     {"numerics", "planes"},
-    {"layout", "noise", "rounding"},
-    {"places", "shards", "sharding", "codecs", "arena", "blocks"},
+    {"layout", "noise", "rounding", "sharding"},
+    {"places", "shards", "devices", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
     {"backends"},
     {"checks", "planning", "moments"},

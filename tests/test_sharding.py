@@ -226,6 +226,15 @@ def test_seen_twice():
         jax.jit(tx.update)(grads, tx.init(grads))
 
 
+def test_moved():
+    """Made on one device, parameters and state then put on a mesh: an error, too."""
+    tx = stquant.scale_by_adam_q()
+    state = tx.init(jax.tree.map(np.asarray, small()))
+    state = jax.device_put(state, NamedSharding(WIDE.mesh, P()))
+    with pytest.raises(ValueError, match="sharding=stquant.Sharding"):
+        jax.jit(tx.update)(small(), state)
+
+
 MESH = WIDE.mesh
 
 
