@@ -187,6 +187,23 @@ def pod() -> str:
     return _table(header, body) + _source(record) + "\n" + setting
 
 
+def sharded() -> str:
+    """The same training on many meshes."""
+    record = _io.read_json(_io.RESULTS / "sharded.json")
+    header = ["mesh", "bits on a device", "differing: step 25", "step 50", "of elements"]
+    body = [
+        [
+            name,
+            f"{run['bits']:.2f}",
+            str(run["differing_half_way"]),
+            str(run["differing_at_the_end"]),
+            f"{run['elements']:,}",
+        ]
+        for name, run in record["meshes"].items()
+    ]
+    return _table(header, body) + _source(record)
+
+
 def faults() -> str:
     """Kills, and what became of the training."""
     record = _io.read_json(_io.RESULTS / "faults.json")
@@ -235,6 +252,7 @@ def render(text: str) -> str:
         "switch": switch,
         "pod": pod,
         "faults": faults,
+        "sharded": sharded,
     }
     for name, make in makers.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
