@@ -1,6 +1,7 @@
 """Which device has which part of which leaf: meshes and partition specs, given or found out."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ class Sharding:
                 f"Sharding(zero_axis={self.zero_axis!r}): expected axes of the mesh, of "
                 f"{self.mesh.axis_names}"
             )
-        self._by_path()
+        _ = self._by_path  # raises what is wrong with them
 
     @property
     def zero_axes(self) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ class Sharding:
         Raises:
           ValueError: there is no spec for it, or one of more axes than it has.
         """
-        specs = self._by_path()
+        specs = self._by_path
         fitting = [p for p in specs if p in ("", path) or path.startswith(f"{p}.")]
         # A spec in a box, as Flax has them, may lie a floor below.
         boxed = [p for p in specs if p.startswith(f"{path}.")]
@@ -96,7 +97,9 @@ class Sharding:
         split = [(*axes[:i], axes[i] + free, *axes[i + 1 :]) for i in order if length(i) > 0]
         return [*split, axes]
 
+    @cached_property
     def _by_path(self) -> dict[str, P]:
+        """Specs by their paths; once, for every leaf asks for its own."""
         leaves = jax.tree_util.tree_leaves_with_path(
             self.specs, is_leaf=lambda x: x is None or isinstance(x, (P, NamedSharding))
         )
@@ -233,4 +236,4 @@ def _key(tree: Any) -> Any:
 def _alike(a: Sharding | None, b: Sharding | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.mesh == b.mesh and a._by_path() == b._by_path()
+    return a.mesh == b.mesh and a._by_path == b._by_path
