@@ -5,6 +5,7 @@
 """
 
 from stquant_jax.fusing import fused_update
+from stquant_jax.holding import QuantizedState
 from stquant_jax.interop import from_optax, to_optax
 from stquant_jax.introspect import plan, report
 from stquant_jax.layout import Storage
@@ -12,6 +13,7 @@ from stquant_jax.optimizers import adam, adamw
 from stquant_jax.placement import state_shardings
 from stquant_jax.portable import from_portable, to_portable
 from stquant_jax.precision import Budget, Fixed, Policy, STQuant
+from stquant_jax.quantize import quantize_state
 from stquant_jax.resizing import resize
 from stquant_jax.sharding import Sharding
 from stquant_jax.solo import (
@@ -28,6 +30,7 @@ __all__ = [
     "Budget",
     "Fixed",
     "Policy",
+    "QuantizedState",
     "STQuant",
     "ScaleByAdamQState",
     "ScaleBySoloState",
@@ -40,6 +43,7 @@ __all__ = [
     "fused_update",
     "metrics",
     "plan",
+    "quantize_state",
     "report",
     "resize",
     "scale_by_adam_q",

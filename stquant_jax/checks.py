@@ -73,6 +73,21 @@ def check_precision(precision: Any, storage: Any) -> None:
         raise ValueError(f"storage={storage!r}: expected a stquant.Storage")
 
 
+def check_xla_only(storage: Storage, what: str) -> None:
+    """Raise ValueError if a storage asks for kernels, or for the rows of an arena that they need,
+    where there are none."""
+    if storage.backend not in (None, "xla"):
+        raise ValueError(
+            f"Storage(backend={storage.backend!r}) cannot run {what}, for which there is no "
+            "kernel: expected 'xla' or None"
+        )
+    if storage.row_alignment not in (None, 1):
+        raise ValueError(
+            f"Storage(row_alignment={storage.row_alignment}) with {what}: expected None, only "
+            "kernels need one"
+        )
+
+
 # What the state of `scale_by_adam_q` has: its class lives a floor above.
 _FIELDS = ("count", "arena", "mu_scale", "nu_scale", "nu_row", "exact", "precision")
 

@@ -5,9 +5,8 @@ share a program. A loop over chunks of tiles, as in a step, so that nothing but 
 themselves is as large as the leaf.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax import lax
 
 from stquant_jax import arena as rows
 from stquant_jax import planes
-from stquant_jax.backends.loops import CHUNK, holder, put
+from stquant_jax.backends.loops import holder, over_leaf, put
 from stquant_jax.codecs import (
     Lattice,
     Levels,
@@ -95,7 +94,7 @@ def encode_leaf(
             put(packed.nu_row, second.row.reshape(-1), at * GROUP),
         )
 
-    return _over_tiles(leaf, encode, packed)
+    return over_leaf(leaf, encode, packed)
 
 
 def decode_leaf(leaf: Leaf, slots: Slots, packed: rows.Packed) -> tuple[jax.Array, jax.Array]:
@@ -120,16 +119,8 @@ def decode_leaf(leaf: Leaf, slots: Slots, packed: rows.Packed) -> tuple[jax.Arra
         return put(data[0], mu, tile), put(data[1], second.v, tile)
 
     blank = jnp.zeros((leaf.tiles, GROUP, LANES), jnp.float32)
-    mu, nu = _over_tiles(leaf, decode, (blank, blank))
+    mu, nu = over_leaf(leaf, decode, (blank, blank))
     return from_tiles(mu, leaf), from_tiles(nu, leaf)
-
-
-def _over_tiles(leaf: Leaf, body: Callable[[int, jax.Array, Any], Any], carry: Any) -> Any:
-    """``body(size, first tile, carry)`` over all tiles. The last chunk may begin among those of the
-    one before, which does to them the same again, so that there is one body to compile."""
-    size = min(CHUNK, leaf.tiles)
-    chunks, last = -(-leaf.tiles // size), leaf.tiles - size
-    return lax.fori_loop(0, chunks, lambda i, c: body(size, jnp.minimum(i * size, last), c), carry)
 
 
 def _numbers(slots: Slots) -> tuple[Levels, Lattice]:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
-from stquant_jax.checks import check_hyperparameters
+from stquant_jax.checks import check_hyperparameters, check_xla_only
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, to_float
@@ -354,15 +354,7 @@ def _check_arguments(b1: Any, b2: Any, eps: Any, bits: Any, quantile: Any, stora
         )
     if not isinstance(storage, Storage):
         raise ValueError(f"storage={storage!r}: expected a stquant.Storage")
-    if storage.backend not in (None, "xla"):
-        raise ValueError(
-            f"Storage(backend={storage.backend!r}) cannot run SOLO: its blocks need a quantile, "
-            "for which there is no kernel: expected 'xla' or None"
-        )
-    if storage.row_alignment not in (None, 1):
-        raise ValueError(
-            f"Storage(row_alignment={storage.row_alignment}): expected None, as SOLO has no arena"
-        )
+    check_xla_only(storage, "SOLO")
 
 
 def _check_state(state: Any, want: ScaleBySoloState) -> None:

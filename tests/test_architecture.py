@@ -13,14 +13,14 @@ PACKAGE = "stquant_jax"
 
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
-    {"numerics", "planes"},
+    {"numerics", "planes", "ownership", "independence"},
     {"layout", "noise", "rounding", "sharding"},
     {"places", "shards", "devices", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
     {"backends"},
-    {"checks", "planning", "moments"},
-    {"transform", "solo"},
-    {"fusing"},
+    {"checks", "planning", "moments", "store"},
+    {"transform", "solo", "holding"},
+    {"fusing", "quantize"},
     {"optimizers", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
     {"portable"},
     {"__init__"},

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from stquant_jax.codecs import Hold
-from stquant_jax.layout import Layout
+from stquant_jax.layout import Layout, Leaf
 from stquant_jax.places import Place, places_of
 
 # Tiles computed together: enough to amortise an iteration of the loop, few enough for the cache.
@@ -60,3 +60,19 @@ def over_tiles(
     whole = tiles // chunk
     carry = lax.fori_loop(0, whole, lambda i, c: body(chunk, i * chunk, c), carry)
     return lax.fori_loop(whole * chunk, tiles, lambda i, c: body(1, i, c), carry)
+
+
+def over_leaf(
+    leaf: Leaf, body: Callable[[int, jax.Array, Any], Any], carry: Any, *, again: bool = True
+) -> Any:
+    """``body(size, first tile, carry)`` over all tiles of a leaf, in chunks of one size, so that
+    there is one body to compile.
+
+    With ``again`` the last chunk may begin among those of the one before: the body does to them the
+    same again. Without, chunks are as many tiles as divide the leaf's.
+    """
+    size = min(CHUNK, leaf.tiles)
+    if not again:
+        size = max(n for n in range(1, size + 1) if leaf.tiles % n == 0)
+    chunks, last = -(-leaf.tiles // size), leaf.tiles - size
+    return lax.fori_loop(0, chunks, lambda i, c: body(size, jnp.minimum(i * size, last), c), carry)

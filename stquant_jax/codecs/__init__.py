@@ -2,7 +2,8 @@
 
 What a group's moments do to the update is decided by its energy and by how that energy is split
 among its elements. The energy is kept exactly (up to a fine scale), only the split is quantized:
-`second` codes the second moment, `first` the first, relative to the second.
+`second` codes the second moment, `first` the first, relative to the second, `signed` a moment that
+stands alone.
 
 All functions work on float32 blocks [..., 32, n], the group along axis -2; values per group have
 shape [..., 1, n], values per row of a tile [..., 32, 1]. Widths are traced scalars. Scale codes: 0
@@ -32,6 +33,7 @@ from stquant_jax.codecs.second import (
     lattice,
     recode_second,
 )
+from stquant_jax.codecs.signed import decode_signed, encode_signed
 
 __all__ = [
     "FirstCode",
@@ -44,9 +46,11 @@ __all__ = [
     "by_halves",
     "decode_first",
     "decode_second",
+    "decode_signed",
     "encode_first",
     "encode_second",
     "encode_second_anew",
+    "encode_signed",
     "group_max",
     "group_sum",
     "lane_sum",

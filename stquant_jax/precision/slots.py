@@ -30,16 +30,18 @@ class Slots:
       tiles: int[slots], rows of the arena that one bit of width costs.
       paths: leaf path of each slot.
       pins: pattern and widths (mu, nu) of leaves whose precision is given.
+      kinds: int[slots], `MU` or `NU`; None where they are pairs.
     """
 
     tiles: np.ndarray
     paths: tuple[str, ...]
     pins: Pins = ()
+    kinds: np.ndarray | None = None
 
     @property
     def moment(self) -> np.ndarray:
         """0 for mu, 1 for nu."""
-        return np.arange(len(self.tiles)) % 2
+        return np.arange(len(self.tiles)) % 2 if self.kinds is None else self.kinds
 
     @cached_property
     def allowed(self) -> np.ndarray:
