@@ -215,6 +215,8 @@ def _widths(
       beside: bytes of what is not quantized. reference: of all, in float32.
     """
     leaves = layout.quantized
+    if not leaves:
+        return ()
     tiles = np.array([leaf.tiles for leaf in leaves], int)
     kinds = np.where(signs, NU, MU).astype(int)
     slots = Slots(tiles, tuple(leaf.path for leaf in leaves), precision.pins, kinds)

@@ -19,6 +19,7 @@ def adam(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: None = None,
     *,
     nesterov: bool = False,
     precision: Policy = Budget(5.0),  # noqa: B008
@@ -31,10 +32,12 @@ def adam(
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, eps_root, nesterov, precision, storage, sharding: see `scale_by_adam_q`.
+      mu_dtype: None; it keeps Optax's place for it.
 
     Raises:
-      ValueError: as `scale_by_adam_q`.
+      ValueError: as `scale_by_adam_q`; a ``mu_dtype``.
     """
+    _check_mu_dtype(mu_dtype)
     adam = scale_by_adam_q(
         b1,
         b2,
@@ -54,6 +57,7 @@ def adamw(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
@@ -68,13 +72,14 @@ def adamw(
     Args:
       learning_rate: a number or a schedule.
       b1, b2, eps, eps_root, nesterov, precision, storage, sharding: see `scale_by_adam_q`.
+      mu_dtype: None; it keeps Optax's place for it.
       weight_decay: strength of the decay, a number or a schedule, multiplied with the learning
         rate as in Optax.
       mask: a tree of booleans, or a function of the parameters that returns one: which parameters
         decay.
 
     Raises:
-      ValueError: as `scale_by_adam_q`.
+      ValueError: as `scale_by_adam_q`; a ``mu_dtype``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
@@ -85,6 +90,7 @@ def adamw(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
+    _check_mu_dtype(mu_dtype)
     adam = scale_by_adam_q(
         b1,
         b2,
@@ -96,3 +102,11 @@ def adamw(
         sharding=sharding,
     )
     return fusable(adam, learning_rate, decay=(weight_decay, mask))
+
+
+def _check_mu_dtype(mu_dtype: Any) -> None:
+    if mu_dtype is not None:
+        raise ValueError(
+            f"mu_dtype={mu_dtype!r}: expected None, mu is stored in a few bits; "
+            "precision=stquant.Fixed(mu=8, nu=8) says how many"
+        )

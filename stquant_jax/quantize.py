@@ -15,9 +15,9 @@ import optax
 
 from stquant_jax.checks import check_precision, check_xla_only
 from stquant_jax.holding import Holding, QuantizedState, masked
-from stquant_jax.independence import check_leafwise
 from stquant_jax.layout import Storage
 from stquant_jax.precision import Budget, Policy
+from stquant_jax.programs import check_leafwise, zero_outputs
 from stquant_jax.sharding import Sharding, Whereabouts
 from stquant_jax.store import Store
 
@@ -93,13 +93,15 @@ def quantize_state(
 
     def init(params: optax.Params) -> QuantizedState:
         held = holding(params, whereabouts.at_init(params))
+        zero = zero_outputs(tx.init, params)
+        slots = [slot for slot in held.every if not zero[held.where[slot]]]
 
         def make(params):
             leaves, count = jax.tree.leaves(tx.init(params)), jnp.zeros((), jnp.int32)
-            store = held.encoded(held.every, held.empty(), leaves, count, anew=True)
+            store = held.encoded(slots, held.empty(), leaves, count, anew=True)
             return held.state(count, leaves, store)
 
-        return jax.jit(make)(params)  # or all of what is to be encoded would be there at once
+        return jax.jit(make)(params)  # nothing that is zero is ever there
 
     def update(
         updates: optax.Updates,

@@ -13,7 +13,7 @@ PACKAGE = "stquant_jax"
 
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
-    {"numerics", "planes", "ownership", "independence"},
+    {"numerics", "planes", "ownership", "programs"},
     {"layout", "noise", "rounding", "sharding"},
     {"places", "shards", "devices", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
@@ -21,7 +21,7 @@ FLOORS = (
     {"checks", "planning", "moments", "store"},
     {"transform", "solo", "holding"},
     {"fusing", "quantize"},
-    {"optimizers", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
+    {"optimizers", "wrapped", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
     {"portable"},
     {"__init__"},
 )

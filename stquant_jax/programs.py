@@ -1,4 +1,5 @@
-"""Whether a transformation treats every parameter by itself, by reading its program."""
+"""What the program of a transformation tells: which of its results are zero, and whether it treats
+every parameter by itself."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,3 +47,16 @@ def check_leafwise(
                 f"leafwise=True, but in this transformation something {what} depends on {other!r}: "
                 "expected one that treats every parameter by itself; leave leafwise=False"
             )
+
+
+def zero_outputs(f: Callable, *args: Any) -> list[bool]:
+    """Of each leaf that ``f(*args)`` returns, whether it is known to be zero, whatever the values
+    of the arguments."""
+    program = jax.make_jaxpr(f)(*args).jaxpr
+    zeros = set()
+    for equation in program.eqns:
+        if equation.primitive.name == "broadcast_in_dim":
+            (value, *_) = equation.invars
+            if isinstance(value, Literal) and value.val == 0:
+                zeros.update(equation.outvars)
+    return [not isinstance(atom, Literal) and atom in zeros for atom in program.outvars]
