@@ -21,7 +21,8 @@ FLOORS = (
     {"checks", "planning", "moments"},
     {"transform", "solo"},
     {"fusing"},
-    {"optimizers", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
+    {"optimizers", "interop", "introspect", "telemetry", "resizing", "placement", "records"}
+    | {"peers"},
     {"portable"},
     {"__init__"},
 )
