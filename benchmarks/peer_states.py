@@ -129,7 +129,7 @@ def updates(model, optimizer) -> dict[str, np.ndarray]:
 
 
 def array(x: torch.Tensor) -> np.ndarray:
-    return x.detach().float().numpy()
+    return x.detach().float().numpy().copy()  # the next step overwrites it
 
 
 def main():

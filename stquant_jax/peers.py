@@ -104,7 +104,7 @@ def _torchao(x: "_Fields", k: int) -> np.ndarray:
     """value = qmap[code] scale, two codes of 4 bits in a byte, the first one high; without a qmap
     codes are the bits of float8_e4m3fn."""
     name = _FIELDS[k]
-    if name in x:  # under 4096 elements, or not whole blocks: left in the parameter's dtype
+    if f"{name}.codes" not in x:  # under 4096 elements, or not whole blocks
         return x.floats(name)
     codes, shape = x.take(f"{name}.codes", np.uint8), x.take(f"{name}.shape", np.integer)
     if f"{name}.qmap" in x:
@@ -126,7 +126,7 @@ def _flashoptim(x: "_Fields", k: int) -> np.ndarray:
     shape."""
     name, dtype, top = ((_FIELDS[0], np.int8, 127), (_FIELDS[1], np.uint8, 255))[k]
     x.forget("error_bits")  # of the parameter, not of Adam
-    if name in x:
+    if f"{name}::quantized" not in x:
         return x.floats(name)
     codes = x.take(f"{name}::quantized", dtype)
     scale = x.take(f"{name}::scales", jnp.floating)
@@ -245,19 +245,15 @@ def _the_one(counts: dict[str, int]) -> np.ndarray:
 # --- trees ---
 
 
-class _ByName(dict[str, np.ndarray]):
-    """What ``convert`` is given."""
-
-    def __missing__(self, name: str) -> NoReturn:
-        have = ", ".join(f"{key!r} {list(x.shape)}" for key, x in self.items())
-        raise ValueError(
-            f"convert asked for {name!r}: expected one of those that tensors have: {have}"
-        )
-
-
 def _converted(convert: Callable[..., Any], moments: dict[str, np.ndarray]) -> Any:
     """A tree of them. That nothing is lost, repeated or changed shows in number and sum."""
-    tree = jax.tree.map(np.asarray, convert(_ByName(moments)))
+    try:
+        tree = jax.tree.map(np.asarray, convert(dict(moments)))
+    except KeyError as error:
+        have = ", ".join(f"{name!r} {list(x.shape)}" for name, x in moments.items())
+        raise ValueError(
+            f"convert asked for {error}: expected parameters of tensors: {have}"
+        ) from error
     had, made = list(moments.values()), jax.tree.leaves(tree)
     sizes = [sum(x.size for x in arrays) for arrays in (had, made)]
     totals = [sum(np.sum(np.abs(x), dtype=np.float64) for x in arrays) for arrays in (had, made)]
