@@ -135,8 +135,8 @@ def test_goes_on(run):
 
 
 def test_on_a_mesh():
-    """Moments on the host go to the devices that have their parameters: a leaf that all of them have
-    as on one, parts under `min_size` exact."""
+    """Moments on the host go to the devices of their parameters: a leaf that all of them have as on
+    one device, parts under `min_size` exact."""
     adam, mesh = read("torchao_4bit"), jax.make_mesh((8,), ("data",))
     specs = jax.tree.map(lambda _: P(), adam.mu)
     specs["fc"]["kernel"] = P("data")
