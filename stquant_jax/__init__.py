@@ -10,6 +10,7 @@ from stquant_jax.interop import from_optax, to_optax
 from stquant_jax.introspect import plan, report
 from stquant_jax.layout import Storage
 from stquant_jax.optimizers import adam, adamw
+from stquant_jax.peers import from_torch
 from stquant_jax.placement import state_shardings
 from stquant_jax.portable import from_portable, to_portable
 from stquant_jax.precision import Budget, Fixed, Policy, STQuant
@@ -60,6 +61,7 @@ __all__ = [
     "amsgrad",
     "from_optax",
     "from_portable",
+    "from_torch",
     "fused_update",
     "lion",
     "metrics",

@@ -13,7 +13,7 @@ PACKAGE = "stquant_jax"
 
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
-    {"numerics", "planes", "ownership", "programs"},
+    {"numerics", "planes", "ownership", "programs", "peers"},
     {"layout", "noise", "rounding", "sharding"},
     {"places", "shards", "devices", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
@@ -21,8 +21,8 @@ FLOORS = (
     {"checks", "planning", "moments", "store"},
     {"transform", "solo", "holding"},
     {"fusing", "quantize"},
-    {"optimizers", "wrapped", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
-    {"portable"},
+    {"optimizers", "interop", "introspect", "telemetry", "resizing", "placement", "records"},
+    {"portable", "wrapped"},
     {"__init__"},
 )
 # Mechanism, algebra, policy: none knows the others.
