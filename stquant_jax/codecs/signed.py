@@ -19,6 +19,7 @@ from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
 # log2 of the scale over all octaves of normal float32 numbers, two bytes.
 SCALE_PER_OCTAVE = 256
 SCALE_LOWEST = -126.0
+SCALE_HIGHEST = 127.0  # what is larger counts as not finite
 SCALE_NOT_FINITE = 2**16 - 1
 
 
@@ -31,7 +32,7 @@ def decode_signed(
 ) -> jax.Array:
     """Values from codes uint32[..., 32, n] and scales uint32[..., 1, n]. Elementwise."""
     octaves = SCALE_LOWEST + (to_float(scale) - 1.0) * (1 / SCALE_PER_OCTAVE)
-    step = ops.hold(exp2(jnp.clip(octaves, -126.0, 127.0)) * presence(scale, SCALE_NOT_FINITE))
+    step = ops.hold(exp2(jnp.minimum(octaves, SCALE_HIGHEST)) * presence(scale, SCALE_NOT_FINITE))
     return level_of(to_float(codes) + lev.low, lev) * step * valid
 
 
@@ -54,16 +55,20 @@ def encode_signed(
     largest = hold(group_max(jnp.abs(x), ops))
     finite, dead = largest < jnp.inf, largest < TINY
     present = jnp.where(finite & ~dead, largest, 1.0)
-    part = hold(jnp.where(finite, x / present, 0.0))
+    near_one = jnp.where(present > 1.0, 2.0**-64, 2.0**64)  # or its reciprocal could be flushed
+    present_near_one = present * near_one
+    part = hold(jnp.where(finite, x * near_one / present_near_one, 0.0))
     z = part * lev.gain
     near_zero = (lev.between > 0) & (jnp.abs(z) < 0.5)  # zero stays zero on average
-    creeps = jnp.abs(z - old / present * lev.gain) < 0.5
+    before = old * near_one / present_near_one * lev.gain
+    creeps = jnp.abs(z - before) < 0.5
     q = jnp.floor(z - lev.between + jnp.where(creeps | near_zero, dither, 0.5))
     q = hold(jnp.clip(q, lev.low, lev.high))
 
     decoded = group_sum(jnp.square(level_of(q, lev)) * valid, ops)
     longer = log2(jnp.maximum(group_sum(part * part, ops), TINY) / jnp.maximum(decoded, TINY))
     octaves = log2(present) + 0.5 * longer - SCALE_LOWEST
+    finite &= octaves < SCALE_HIGHEST - SCALE_LOWEST
     code = jnp.floor(octaves * SCALE_PER_OCTAVE + 1.0 + coin)
     code = to_code(jnp.clip(code, 1, SCALE_NOT_FINITE - 1))
     code = jnp.where(finite, jnp.where(dead, 0, code), SCALE_NOT_FINITE)
