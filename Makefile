@@ -6,7 +6,7 @@ VENV ?= .venv
 TESTS ?= # all
 BIN := $(VENV)/bin
 
-.PHONY: demo test aot ptxas lint clean
+.PHONY: demo test docs aot ptxas lint clean
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/examples.installed
@@ -15,6 +15,10 @@ demo: $(VENV)/examples.installed
 # The order is kept so that the longest file is not the last.
 test: $(VENV)/tests.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# The pages in build/docs/index.html. A warning is an error, so is a name that means nothing.
+docs: $(VENV)/docs.installed
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 # A large download, 700 MB on disk, by which `make test` also compiles for TPUs.
 aot: $(VENV)/aot.installed

@@ -75,9 +75,9 @@ def fused_update(
 
     Raises:
       ValueError: ``tx`` is another transformation, a chain or a wrapper around `adam` too; the
-      parameters are None or unlike the gradients; the state is not that of ``tx``;
-      ``stochastic_rounding`` with parameters of float16 or less; as the ``update`` of
-      `scale_by_adam_q`.
+        parameters are None or unlike the gradients; the state is not that of ``tx``;
+        ``stochastic_rounding`` with parameters of float16 or less; as the ``update`` of
+        `scale_by_adam_q`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, stquant_jax as stquant

@@ -79,8 +79,8 @@ def from_optax(
 
     Raises:
       ValueError: a state that holds no `optax.ScaleByAdamState`, or several; a traced one; moments
-      unlike ``params`` in structure or shapes, of another than a real floating dtype, or with
-      negative elements in nu; as `scale_by_adam_q` and its ``init``.
+        unlike ``params`` in structure or shapes, of another than a real floating dtype, or with
+        negative elements in nu; as `scale_by_adam_q` and its ``init``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
@@ -131,7 +131,7 @@ def to_optax(
 
     Raises:
       ValueError: the state was built for other parameters or another storage, or holds no
-      `ScaleByAdamQState`, or several.
+        `ScaleByAdamQState`, or several.
 
     Examples:
       >>> import jax.numpy as jnp, optax, stquant_jax as stquant

@@ -70,6 +70,7 @@ class Report:
 
     @property
     def total_bytes(self) -> int:
+        """Of the state, on one device."""
         return sum(leaf.bytes for leaf in self.leaves) + self.schedule_bytes + self.free_bytes
 
     @property
@@ -79,8 +80,8 @@ class Report:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the slots, "path/mu" and "path/nu" of every quantized leaf: of the entries of
-        ``widths`` and ``distortion`` among `stquant.metrics`."""
+        """Names of the entries of ``widths`` and ``distortion`` among `stquant.metrics`, "path/mu"
+        and "path/nu" of every quantized leaf."""
         return tuple(f"{leaf.path}/{moment}" for leaf in self._quantized for moment in rows.MOMENTS)
 
     @property
@@ -258,7 +259,7 @@ def report(
 
     Raises:
       ValueError: the state was built for other parameters or another storage, is traced, or holds
-      no `ScaleByAdamQState`, or several.
+        no `ScaleByAdamQState`, or several.
     """
     check_precision(precision, storage)
     state = find_state(state)

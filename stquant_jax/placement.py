@@ -37,7 +37,7 @@ def state_shardings(
 
     Raises:
       ValueError: the state was built for other parameters, another storage or sharding, or holds no
-      `ScaleByAdamQState`, or several; nothing tells the sharding.
+        `ScaleByAdamQState`, or several; nothing tells the sharding.
     """
     check_precision(precision, storage)
     here = sharding_for(params, sharding)

@@ -60,16 +60,16 @@ def to_portable(
       precision, storage, sharding: those the optimizer was made with.
 
     Returns:
-      ``state`` with a dictionary in place of the `ScaleByAdamQState`: for each leaf, by its path,
-      codes of both moments uint8[*shape], divided as the leaf's state is, scales uint8 and
-      uint16[tiles, 128], rows uint8[tiles, 32] and a checksum, or exact moments float32[*shape];
-      plan, statistics and count. It takes about 2.1 bytes per parameter beside the state, and one
-      leaf's codes in 32 bits while it is made. Of ShapeDtypeStructs: ShapeDtypeStructs, with
-      shardings: what a checkpointer is to restore.
+      ``state`` with a dictionary in place of the `ScaleByAdamQState`. It has for each leaf, by its
+      path, codes of both moments ``uint8[*shape]``, divided as the leaf's state is, scales uint8
+      and uint16[tiles, 128], rows uint8[tiles, 32] and a checksum, or exact moments
+      ``float32[*shape]``; plan, statistics and count. It takes about 2.1 bytes per parameter beside
+      the state, and one leaf's codes in 32 bits while it is made. Of ShapeDtypeStructs:
+      ShapeDtypeStructs, with shardings: what a checkpointer is to restore.
 
     Raises:
       ValueError: the state was built for other parameters, another storage or sharding, is traced,
-      or holds no `ScaleByAdamQState`, or several.
+        or holds no `ScaleByAdamQState`, or several.
     """
     check_precision(precision, storage)
     old = find_state(state)
@@ -107,7 +107,7 @@ def from_portable(
 
     Raises:
       ValueError: no portable state, or one of another version; one of other parameters, pins,
-      storage or policy; a plan that does not fit; arrays that are not what was saved.
+        storage or policy; a plan that does not fit; arrays that are not what was saved.
     """
     check_precision(precision, storage)
     given = _find_portable(portable)

@@ -53,7 +53,7 @@ def resize(
 
     Raises:
       ValueError: a budget below the floor; a state for other parameters, another storage or other
-      exact leaves; a traced one; one that holds no `ScaleByAdamQState`, or several.
+        exact leaves; a traced one; one that holds no `ScaleByAdamQState`, or several.
 
     Examples:
       >>> import jax, jax.numpy as jnp, stquant_jax as stquant

@@ -42,7 +42,7 @@ class ScaleBySoloState(NamedTuple):
 
     Attributes:
       count: int32[], updates done.
-      mu: uint32[bits, tiles, 128], the codes of m as bit-planes; if exact, m as float32[*shape].
+      mu: uint32[bits, tiles, 128], the codes of m as bit-planes; if exact, m as ``float32[*shape]``.
       mu_scale: float32[blocks], largest abs(m); NaN in a block that is not finite.
       nu: as mu, for v.
       nu_scale: float32[blocks], largest v, the level of code 0; NaN as above.
@@ -91,7 +91,9 @@ def scale_by_solo(
 
     Args:
       b1: decay of the first moment, 0 <= b1 < 1, and b1**2 < b2; `solo_momentum` has the advised
-        ones. b2: decay of the second, 0 <= b2 < 1. eps: added to the root of the second moment.
+        ones.
+      b2: decay of the second moment, 0 <= b2 < 1.
+      eps: added to the root of the second moment.
       bits: of a code of m, and of one of v; each 2, 3 or 4.
       quantile: p, a float strictly between 0 and 1; in the paper 0.05 to 0.3 do well.
       storage: which leaves stay exact, seed of the rounding; backend None or "xla".
@@ -103,7 +105,7 @@ def scale_by_solo(
 
     Raises:
       ValueError: an argument out of range; at ``init``, parameters that are not real floating
-      arrays; at ``update``, gradients of other shapes than the state's.
+        arrays; at ``update``, gradients of other shapes than the state's.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -225,7 +227,9 @@ def solo_momentum(bits: int, reference: float = 0.9, reference_bits: int = 8) ->
     with r(b) half the median gap between levels, to the paper's three digits (arXiv 2505.00347).
 
     Args:
-      bits: of m, from 2 to 8. reference: a b1 known to do well at ``reference_bits``, from 2 to 8.
+      bits: of m, from 2 to 8.
+      reference: a b1 known to do well at ``reference_bits``.
+      reference_bits: from 2 to 8.
 
     Raises:
       ValueError: an argument out of range.

@@ -12,14 +12,14 @@ from stquant_jax.precision.statistics import distortion
 def metrics(state: Any) -> dict[str, jax.Array]:
     """Widths, estimated errors and statistics of a state, inside `jax.jit` or outside.
 
-    Slots are named by `stquant.plan(...).slots`, leaves by every second of them. Statistics are
+    Slots are named by ``stquant.plan(...).slots``, leaves by every second of them. Statistics are
     averages over the last steps; of a leaf whose codes have just changed they start from 0.
 
     Args:
       state: a `ScaleByAdamQState`, or an optimizer's state that holds one.
 
     Returns:
-      Copies of their own, which outlive a donated state:
+      A dictionary of copies, which outlive a donated state.
 
       - ``count``: int32[], updates done.
       - ``widths``: int32[slots], bits of a code.
@@ -31,7 +31,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         end of their window.
       - ``mu_zeros``: float32[leaves], share of mu's codes that stand for zero.
       - ``spread``: float32[leaves], error over energy if nu had no codes.
-      - the policy's own, of `Budget` ``unmet``: bool[slots], above ``max_distortion`` with no bits
+      - what the policy adds, of `Budget` ``unmet``: bool[slots], above ``max_distortion`` with no bits
         left; and ``promise_kept``: bool[], none is.
 
     Raises:

@@ -111,9 +111,10 @@ def scale_by_adam_q(
 
     Raises:
       ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it);
-      at ``init``, a budget below the floor, complex or integer parameters, a sharding that does not
-      fit them; at ``update``, gradients or a state of another model, layout, budget or sharding; at
-      both, under jit, arrays on a mesh with Auto axes of which nothing tells how they are divided.
+        at ``init``, a budget below the floor, complex or integer parameters, a sharding that does
+        not fit them; at ``update``, gradients or a state of another model, layout, budget or
+        sharding; at both, under jit, arrays on a mesh with Auto axes of which nothing tells how
+        they are divided.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant

@@ -47,7 +47,7 @@ class Budget(Capacity):
 
     Every ``interval`` steps, widths move to where they lower the error of the update most per row,
     at most one step per slot. What a slot's error would be at each width is estimated from the
-    error that its rounding was measured to inject (`stquant_jax.precision.statistics`):
+    error that its rounding was measured to inject (``stquant_jax.precision.statistics``):
 
         mu:  N(w)                      nu:  N(w) S / (N(w) + S),  S alone at width 0
 

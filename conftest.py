@@ -1,9 +1,15 @@
-"""Settings of all tests: reproducible examples, nothing read from an earlier run."""
+"""Settings of all tests: reproducible examples, nothing read from an earlier run.
+
+Blocks of Python in the README and in docs/ are tests too: those of a page run one after the other, in
+one namespace.
+"""
 
 import os
 
 import hypothesis
 import jax
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 hypothesis.settings.register_profile(
     "suite",
@@ -17,3 +23,8 @@ jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 8)
 # libtpu, where it is installed to compile for TPUs, is loaded by each process of pytest-xdist.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+collect_ignore = ["docs/conf.py"]  # for Sphinx alone
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/**/*.md"]
+).pytest()

@@ -1,0 +1,42 @@
+"""Settings of Sphinx, for `make docs`."""
+
+from importlib.metadata import version as version_of
+
+project = "stquant-jax"
+release = version_of(project)
+copyright = "its authors, Apache-2.0"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+html_theme = "furo"
+html_title = f"{project} {release}"
+myst_heading_anchors = 3  # for links to page.md#heading
+
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # unions written out would hide the names
+napoleon_numpy_docstring = False
+napoleon_use_param = False  # "b1, b2: ..." stays one entry
+napoleon_custom_sections = [("Attributes", "params_style")]  # in the same form
+
+# `name` in a docstring is a link if it is one of ours, and has to be; of other libraries it is code.
+default_role = "py:obj"
+nitpick_ignore_regex = [("py:.*", r"(flax|jax|numpy|optax|pltpu|plgpu)\..*")]
+
+
+def setup(app):
+    app.connect("missing-reference", long_name)
+
+
+def long_name(app, env, node, content):
+    """`stquant.adamw`, as docstrings call it, is `stquant_jax.adamw`."""
+    head, _, name = node.get("reftarget", "").partition(".")
+    if head == "stquant" and node.get("refdomain") == "py":
+        target, python = f"stquant_jax.{name}", env.get_domain("py")
+        return python.resolve_xref(
+            env, node["refdoc"], app.builder, "obj", target, node, content
+        )
