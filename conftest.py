@@ -1,9 +1,10 @@
 """Settings of all tests: reproducible examples, nothing read from an earlier run.
 
-Blocks of Python in the README and in docs/ are tests too: those of a page run one after the other, in
-one namespace.
+Blocks of Python in the README and in docs/ are tests too: those of a page run one after the other,
+in one namespace.
 """
 
+import doctest
 import os
 
 import hypothesis
@@ -26,5 +27,6 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 collect_ignore = ["docs/conf.py"]  # for Sphinx alone
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/**/*.md"]
+    parsers=[PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)],
+    patterns=["README.md", "docs/*.md", "docs/*/*.md"],
 ).pytest()

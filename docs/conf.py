@@ -23,7 +23,7 @@ napoleon_numpy_docstring = False
 napoleon_use_param = False  # "b1, b2: ..." stays one entry
 napoleon_custom_sections = [("Attributes", "params_style")]  # in the same form
 
-# `name` in a docstring is a link if it is one of ours, and has to be; of other libraries it is code.
+# `name` in a docstring is a link, and has to lead somewhere; of other libraries it is code.
 default_role = "py:obj"
 nitpick_ignore_regex = [("py:.*", r"(flax|jax|numpy|optax|pltpu|plgpu)\..*")]
 
@@ -37,6 +37,4 @@ def long_name(app, env, node, content):
     head, _, name = node.get("reftarget", "").partition(".")
     if head == "stquant" and node.get("refdomain") == "py":
         target, python = f"stquant_jax.{name}", env.get_domain("py")
-        return python.resolve_xref(
-            env, node["refdoc"], app.builder, "obj", target, node, content
-        )
+        return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)

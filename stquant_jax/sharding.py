@@ -23,7 +23,7 @@ class Sharding:
 
     Attributes:
       mesh: a `jax.sharding.Mesh`, its axes Auto or Explicit.
-      specs: a ``PartitionSpec`` (or a NamedSharding's, or None for replicated) for every parameter: a
+      specs: a PartitionSpec (or a NamedSharding's, or None for replicated) for every parameter: a
         tree like the parameters, or one for any branch of it, or one for all.
       zero_axis: None, or a mesh axis, or several, along which parameters are replicated: their
         state is split along it, each device updates its part, and the updates are gathered

@@ -42,7 +42,7 @@ class ScaleBySoloState(NamedTuple):
 
     Attributes:
       count: int32[], updates done.
-      mu: uint32[bits, tiles, 128], the codes of m as bit-planes; if exact, m as ``float32[*shape]``.
+      mu: uint32[bits, tiles, 128], the codes of m as bit-planes; if exact, m itself, float32.
       mu_scale: float32[blocks], largest abs(m); NaN in a block that is not finite.
       nu: as mu, for v.
       nu_scale: float32[blocks], largest v, the level of code 0; NaN as above.

@@ -31,8 +31,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         end of their window.
       - ``mu_zeros``: float32[leaves], share of mu's codes that stand for zero.
       - ``spread``: float32[leaves], error over energy if nu had no codes.
-      - what the policy adds, of `Budget` ``unmet``: bool[slots], above ``max_distortion`` with no bits
-        left; and ``promise_kept``: bool[], none is.
+      - what the policy adds, of `Budget` ``unmet``: bool[slots], above ``max_distortion`` with no
+        bits left; and ``promise_kept``: bool[], none is.
 
     Raises:
       ValueError: the state holds no `ScaleByAdamQState`, or several.

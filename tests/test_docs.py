@@ -1,4 +1,4 @@
-"""The README and docs/ say what the files say. Their Python runs as tests of its own: conftest.py."""
+"""The README and docs/ say what the files say. That their Python runs, see conftest.py."""
 
 import re
 from pathlib import Path

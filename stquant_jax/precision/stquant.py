@@ -75,8 +75,8 @@ class STQuant(Capacity):
     The default statistics are not the published ones but those that greedy selection keeps of the
     ones the fused step offers, because they tell more of the measured error: the update's RMS
     (squared, it scales the error) and the coefficient of variation for mu, update, gradient and
-    second moment for nu. See ``SELECTED`` and ``PUBLISHED`` in ``stquant_jax.precision.stquant`` and
-    ``examples/select_factors.py``.
+    second moment for nu. See ``SELECTED`` and ``PUBLISHED`` in ``stquant_jax.precision.stquant``
+    and ``examples/select_factors.py``.
 
     Attributes:
       bits: all-in bits per state element, as for `Budget`.
