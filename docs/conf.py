@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as version_of
 
+from stquant_jax import Budget, Storage
+
 project = "stquant-jax"
 release = version_of(project)
 copyright = "its authors, Apache-2.0"
@@ -17,7 +19,6 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 myst_heading_anchors = 3  # for links to page.md#heading
 
-autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # unions written out would hide the names
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # "b1, b2: ..." stays one entry
@@ -29,7 +30,16 @@ nitpick_ignore_regex = [("py:.*", r"(flax|jax|numpy|optax|pltpu|plgpu)\..*")]
 
 
 def setup(app):
+    app.connect("autodoc-process-signature", brief)
     app.connect("missing-reference", long_name)
+
+
+def brief(app, what, name, obj, options, signature, returned):
+    """Defaults as they stand in the source."""
+    short = {Budget(5.0): "Budget(5.0)", Budget(8.0): "Budget(8.0)", Storage(): "Storage()"}
+    for default, text in short.items():
+        signature = signature and signature.replace(repr(default), text)
+    return signature, returned
 
 
 def long_name(app, env, node, content):

@@ -73,7 +73,7 @@ class Holding:
 
         Raises:
           ValueError: parameters that are no real floating arrays; as `layout_for`; a budget below
-          the floor.
+            the floor.
         """
         layout_of(params, storage)  # raises what is wrong with them
         leaves, treedef = jax.tree.flatten(state)

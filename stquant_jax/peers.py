@@ -48,10 +48,10 @@ def from_torch(
 
     Raises:
       ValueError: an unknown format; a file of another one, or of another optimizer (AMSGrad, too);
-      a field that is missing, or is of another dtype, shape or number of blocks than the format
-      has; numbers that are not finite; negative nu; steps that differ between parameters, where
-      Optax has one count; a ``convert`` that changes, drops or repeats elements, or asks for
-      parameters that the file has not.
+        a field that is missing, or is of another dtype, shape or number of blocks than the format
+        has; numbers that are not finite; negative nu; steps that differ between parameters, where
+        Optax has one count; a ``convert`` that changes, drops or repeats elements, or asks for
+        parameters that the file has not.
 
     Examples:
       >>> import numpy as np, stquant_jax as stquant

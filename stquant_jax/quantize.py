@@ -67,11 +67,11 @@ def quantize_state(
       A gradient transformation whose state is a `QuantizedState`.
 
     Raises:
-      ValueError: an argument out of range; at ``init`` and ``update``, a budget below the floor,
-      a pin that matches nothing, complex or integer parameters, a sharding that does not fit them
-      or that nothing tells, ``leafwise`` with a transformation in which one parameter depends on
-      another; at ``update``, a state of other parameters or another precision (if its values can
-      be read; under jit its moments are NaN instead).
+      ValueError: an argument out of range; at ``init`` and ``update``, a budget below the floor, a
+        pin that matches nothing, complex or integer parameters, a sharding that does not fit them
+        or that nothing tells, ``leafwise`` with a transformation in which one parameter depends on
+        another; at ``update``, a state of other parameters or another precision (if its values can
+        be read; under jit its moments are NaN instead).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
