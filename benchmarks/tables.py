@@ -156,6 +156,35 @@ def demo() -> str:
     )
 
 
+def wrapped() -> str:
+    """Optimizers of Optax with their state in float32 and at 8 bits: validation loss."""
+    record = _io.read_json(_io.RESULTS / "wrapped.json")
+    body = []
+    for name, runs in record["results"].items():
+        losses = {kind: [run["val_loss"] for run in runs[kind]] for kind in ("optax", "quantized")}
+        pairs = list(zip(losses["optax"], losses["quantized"], strict=False))  # more of the former
+        noise = max(losses["optax"]) - min(losses["optax"])
+        ours, theirs = (runs[kind][0]["state_bytes"] for kind in ("quantized", "optax"))
+        body.append(
+            [
+                name,
+                *(" / ".join(f"{x:.4f}" for x in losses[kind]) for kind in losses),
+                f"{sum(b - a for a, b in pairs) / len(pairs):+.4f}",
+                f"{noise:.4f}",
+                f"{32 * ours / theirs:.2f}",
+            ]
+        )
+    header = [
+        "optimizer",
+        "loss by seed, float32",
+        "quantized",
+        "difference",
+        "between seeds",
+        "bits",
+    ]
+    return _table(header, body) + _source(record)
+
+
 def switch() -> str:
     """Validation losses of runs that changed their optimizer, by seed."""
     record = _io.read_json(_io.RESULTS / "switch.json")
@@ -250,6 +279,7 @@ def render(text: str) -> str:
         "compile": compile_,
         "demo": demo,
         "switch": switch,
+        "wrapped": wrapped,
         "pod": pod,
         "faults": faults,
         "sharded": sharded,

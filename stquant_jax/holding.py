@@ -99,7 +99,9 @@ class Holding:
         beside = sum(size) - sum(size[k] for k in where)
         float32 = {k for k, _ in found.values()}
         reference = sum(4 * x.size if k in float32 else size[k] for k, x in enumerate(leaves))
-        widths = _widths(layout.whole, signs, precision, beside, reference)
+        # A state with nothing of a parameter's shape is what it is; one of small leaves only is
+        # more than a budget allows.
+        widths = _widths(layout.whole, signs, precision, beside, reference) if found else ()
         shelves = Shelves(layout, signs, widths)
         return cls(leaves, treedef, owners, where, shelves, mesh_of(sharding), storage.seed)
 
@@ -215,8 +217,6 @@ def _widths(
       beside: bytes of what is not quantized. reference: of all, in float32.
     """
     leaves = layout.quantized
-    if not leaves:
-        return ()
     tiles = np.array([leaf.tiles for leaf in leaves], int)
     kinds = np.where(signs, NU, MU).astype(int)
     slots = Slots(tiles, tuple(leaf.path for leaf in leaves), precision.pins, kinds)

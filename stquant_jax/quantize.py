@@ -56,7 +56,7 @@ def quantize_state(
         some state moves an update is known for `scale_by_adam_q` only. Pins are found in paths of
         the state, such as ``"0.mu.layer.kernel"``.
       storage: which leaves stay exact, seed of the rounding; backend None or "xla".
-      sharding: see `scale_by_adam_q`.
+      sharding: see `scale_by_adam_q`; without a zero axis.
       unsigned: regular expression, found in the path to the parameters' tree within the state
         (``"0.nu"``): moments that are never negative. A negative element in one of them makes its
         group NaN. All others are signed.
@@ -69,9 +69,9 @@ def quantize_state(
     Raises:
       ValueError: an argument out of range; at ``init`` and ``update``, a budget below the floor, a
         pin that matches nothing, complex or integer parameters, a sharding that does not fit them
-        or that nothing tells, ``leafwise`` with a transformation in which one parameter depends on
-        another; at ``update``, a state of other parameters or another precision (if its values can
-        be read; under jit its moments are NaN instead).
+        or that nothing tells; at ``update``, ``leafwise`` with a transformation in which one
+        parameter depends on another, a state of other parameters or another precision (under jit,
+        where its values cannot be read, its moments are NaN).
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, stquant_jax as stquant
@@ -86,6 +86,11 @@ def quantize_state(
     storage = replace(storage, backend="xla")
     tx = optax.with_extra_args_support(tx)
     whereabouts = Whereabouts(sharding)
+    if sharding and sharding.zero_axes:
+        raise ValueError(
+            f"Sharding(zero_axis={sharding.zero_axis!r}): expected None, since moments have to be "
+            "where the parameters are; it is for scale_by_adam_q"
+        )
 
     def holding(tree: Any, here: Sharding | None) -> Holding:
         state = jax.eval_shape(tx.init, tree)

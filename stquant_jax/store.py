@@ -93,11 +93,14 @@ class Shelves:
 
     def empty(self) -> Store:
         """All slots are zero. No array is empty, for Orbax saves none that is."""
+        if not self.slots:
+            one = jnp.zeros((1, 1), jnp.uint32)
+            return Store(one, one.astype(jnp.uint16), jnp.zeros((1,), jnp.uint8))
         tiles = np.array([slot.leaf.tiles for slot in self.slots], int)
         height, unsigned = (int(np.sum(tiles * x)) for x in (self.widths, self.unsigned))
         return Store(
             jnp.zeros((max(1, height), LANES), jnp.uint32),
-            jnp.zeros((max(1, self.layout.tiles), LANES), jnp.uint16),
+            jnp.zeros((self.layout.tiles, LANES), jnp.uint16),
             jnp.zeros((max(1, unsigned * GROUP),), jnp.uint8),
         )
 

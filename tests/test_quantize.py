@@ -14,8 +14,9 @@ import stquant_jax as stquant
 from stquant_jax import Budget, Fixed, Storage
 from tests import common
 
-PARAMS = common.zeros()
-GRADS = [common.gaussian(seed=seed) for seed in range(4)]
+SHAPES = {name: common.SHAPES[name] for name in ("bias", "ragged", "tile")}
+PARAMS = common.zeros(SHAPES)
+GRADS = [common.gaussian(SHAPES, seed, spread=0.3) for seed in range(4)]
 
 
 def run(tx, steps=4, params=PARAMS, grads=GRADS):
@@ -41,13 +42,13 @@ def adafactor(learning_rate):
 
 WRAPPED = {
     "adabelief": (optax.adabelief, 2e-3),
-    "adafactor": (adafactor, 2e-3),
+    "adafactor": (adafactor, 5e-3),
     "ademamix": (contrib.ademamix, 2e-3),
     "amsgrad": (optax.amsgrad, 2e-3),
-    "lion": (optax.lion, 3e-2),  # signs of what is next to zero
-    "muon": (contrib.muon, 5e-3),
-    "rmsprop": (partial(optax.rmsprop, momentum=0.9), 2e-3),
-    "sgd": (partial(optax.sgd, momentum=0.9, nesterov=True), 1e-3),
+    "lion": (optax.lion, 3e-3),  # signs of what is next to zero
+    "muon": (contrib.muon, 1e-4),
+    "rmsprop": (partial(optax.rmsprop, momentum=0.9), 1e-3),
+    "sgd": (partial(optax.sgd, momentum=0.9, nesterov=True), 1e-4),
 }
 
 
@@ -91,14 +92,14 @@ def test_nu_is_stored_as_scale_by_adam_q_stores_it(width):
     np.testing.assert_array_equal(ours.store.arena[: width * tiles], nu)
 
 
-def test_adam_as_a_wrapper_is_near_the_fused_one():
-    """mu is measured by its own group here, by nu there; nu is shrunk in the update there. Both
-    are near the exact update, so near each other (docs/design.md)."""
-    exact, _ = run(optax.scale_by_adam(), 12)
-    wrapped, _ = run(stquant.quantize_state(optax.scale_by_adam(), Fixed(8, 8)), 12)
-    fused, _ = run(stquant.scale_by_adam_q(precision=Fixed(8, 8)), 12)
-    assert off(wrapped[-1], exact[-1]) < 2e-3
-    assert off(fused[-1], exact[-1]) < 2e-3
+def test_adam_as_a_wrapper_is_as_near_as_the_fused_one():
+    """mu is measured by its own group here, by nu there: at 8 bits their errors are alike, most of
+    which is nu's, whose codec is the same."""
+    exact, _ = run(optax.scale_by_adam())
+    wrapped, _ = run(stquant.quantize_state(optax.scale_by_adam(), Fixed(8, 8)))
+    fused, _ = run(stquant.scale_by_adam_q(precision=Fixed(8, 8)))
+    ours, theirs = off(wrapped, exact), off(fused, exact)
+    assert theirs < 2e-3 and abs(ours / theirs - 1) < 0.1
 
 
 @pytest.mark.parametrize("bits", (4.0, 6.0, 8.0))
