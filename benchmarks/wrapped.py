@@ -1,7 +1,7 @@
 """Optimizers of Optax, and the same with their state at 8 bits by `stquant.quantize_state`.
 
-The model, the corpus and the settings of examples/train_gpt.py, but fewer steps. Of one seed both are
-trained on the same batches from the same weights; further seeds of Optax's show the noise.
+The model, the corpus and the settings of examples/train_gpt.py, but fewer steps. Of one seed both
+are trained on the same batches from the same weights; further seeds of Optax's show the noise.
 
     python -m benchmarks.wrapped                      # resumes where it stopped
     python -m benchmarks.wrapped --pairs 3            # more of the quantized ones
