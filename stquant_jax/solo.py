@@ -22,7 +22,7 @@ from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu
 from stquant_jax.checks import check_hyperparameters, check_xla_only
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Leaf, Storage
-from stquant_jax.numerics import hash32, to_float
+from stquant_jax.numerics import hash32, narrowed, to_float, widened
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Fixed
@@ -149,7 +149,7 @@ def scale_by_solo(
         del params, extra_args
         here = whereabouts.at_update(updates)
         layout = layout_for(updates, Fixed(), storage, here)
-        grads, treedef = jax.tree.flatten(updates)
+        grads, treedef = jax.tree.flatten(narrowed(updates))
         _check_state(state, jax.eval_shape(partial(empty, layout, here, treedef)))
         trees = [treedef.flatten_up_to(tree) for tree in state[1:]]
         old = [_Stored(*parts) for parts in zip(*trees, strict=True)]
@@ -170,8 +170,8 @@ def scale_by_solo(
         parts, own = part_specs(layout), [_specs(leaf) for leaf in layout.leaves]
         run = per_device(local, mesh_of(here), (parts, own, P(), P()), (parts, own))
         directions, leaves = run(grads, old, count, scalars)
-        directions = whole_replicas(directions, layout, here)
-        return jax.tree.unflatten(treedef, directions), _state(count, treedef, leaves)
+        directions = jax.tree.unflatten(treedef, whole_replicas(directions, layout, here))
+        return widened(directions, updates), _state(count, treedef, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
