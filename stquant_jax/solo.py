@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
-from stquant_jax.checks import check_hyperparameters, check_xla_only
+from stquant_jax.checks import check_hyperparameters, check_xla_only, is_placeholder
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, narrowed, to_float, widened
@@ -136,6 +136,8 @@ def scale_by_solo(
         )
 
     def init(params: optax.Params) -> ScaleBySoloState:
+        if is_placeholder(params):  # no field is a tree of arrays shaped like them
+            return ScaleBySoloState(*ScaleBySoloState._fields)
         here = whereabouts.at_init(params)
         layout = layout_for(params, Fixed(), storage, here)
         return empty(layout, here, jax.tree.structure(params))

@@ -208,7 +208,7 @@ def state_specs(layout: Layout) -> ScaleByAdamQState:
         precision=PrecisionState(
             plan=same,
             observed=same,
-            tally=Tally(by_device, same, same) if layout.quantized else (),
+            tally=Tally(by_device, same, same),
             memory=same,
         ),
     )
@@ -266,7 +266,7 @@ def _refresh(
     and the policy decides on a new plan, to which the arena is repacked; where plans never change,
     the former is all. Only then do devices meet.
     """
-    if not state.tally:
+    if not layout.quantized:
         return packed, state
     tiles, axes = tuple(leaf.tiles for leaf in layout.quantized), layout.axes
     sums = aged(sums, decays, count)
