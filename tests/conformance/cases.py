@@ -1,0 +1,164 @@
+"""Every public optimizer and transformation in one table, with what it can do as data.
+
+A line is all that a new optimizer takes: tests run over the lines, and `tests.conformance.table`
+prints them. What an optimizer cannot do is in its ``limits``, with the error that says so: the same
+test then expects that error, so that the table is never behind the code.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stquant_jax as stquant
+
+# Capability -> what the README calls it.
+CAPABILITIES = {
+    "reference": "equal to Optax's on exact leaves",
+    "targets": "reaches the goal on a parabola and Rosenbrock's function",
+    "dtypes": "updates in the gradients' dtype",
+    "control flow": "state stable under `jit`, `scan`, `cond`, `while_loop`",
+    "vmap": "`vmap` over an ensemble",
+    "donation": "donated, in place",
+    "abstract": "`eval_shape`, abstract parameters",
+    "wrappers": "Optax's wrappers",
+    "inject": "`inject_hyperparams`",
+    "inject bfloat16": "the same on bfloat16 parameters, without `hyperparam_dtype`",
+    "tree_map_params": "`tree_map_params`",
+    "x64": "`jax_enable_x64`",
+    "explicit": "Explicit mesh axes",
+    "flax": "NNX and Linen",
+    "budget": "moving bits: `Budget`, `STQuant`",
+    "kernels": "Pallas kernels",
+    "fused": "`fused_update`",
+    "metrics": "`metrics`, `report`, `resize`",
+    "to_optax": "`from_optax`, `to_optax`",
+    "portable": "portable checkpoints",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A line of the table.
+
+    Attributes:
+      name: of the optimizer, as a user writes it.
+      make: what makes it, of a learning rate; of nothing if it is a ``direction``.
+      reference: Optax's original, with the same arguments; None if there is none.
+      options: arguments of both. ours: of ours alone, beside ``storage``.
+      rate: a learning rate that reaches the targets of `tests.conformance.test_targets`.
+      error: squared error of a packed update over the reference's energy, after a few steps.
+      static: arguments that `optax.inject_hyperparams` must not make arrays of.
+      limits: capability -> the error that says it is lacking.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    reference: Callable[..., optax.GradientTransformation] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    direction: bool = False
+    rate: float = 0.1
+    error: float = 0.01
+    static: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        assert self.limits.keys() <= CAPABILITIES.keys()
+
+    def optimizer(self, storage: stquant.Storage, rate: Any = None, **more: Any) -> Any:
+        return self._rated(
+            partial(self.make, **self.options, **{**self.ours, **more}), rate, storage=storage
+        )
+
+    def original(self, rate: Any = None) -> Any:
+        assert self.reference is not None
+        return self._rated(partial(self.reference, **self.options), rate)
+
+    def _rated(self, make: Callable, rate: Any, **storage: Any) -> Any:
+        rate = self.rate if rate is None else rate
+        if self.direction:
+            return optax.chain(make(**storage), optax.scale_by_learning_rate(rate))
+        return make(rate, **storage)
+
+    def can(self, capability: str) -> AbstractContextManager:
+        """Where the capability is lacking, what follows raises the error that is promised."""
+        assert capability in CAPABILITIES
+        limit = self.limits.get(capability)
+        return (
+            nullcontext() if limit is None else pytest.raises((ValueError, TypeError), match=limit)
+        )
+
+
+ADAM = {"inject bfloat16": "hyperparam_dtype=jnp.float32"}
+DIRECTION = {"fused": "expected what stquant.adam or stquant.adamw returned"}
+SOLO = {
+    **ADAM,
+    **DIRECTION,
+    "budget": "unexpected keyword argument 'precision'",
+    "kernels": "cannot run SOLO",
+    "metrics": "expected the ScaleByAdamQState",
+    "to_optax": "expected the ScaleByAdamQState",
+    "portable": "expected the ScaleByAdamQState",
+}
+WIDE = {"precision": stquant.Fixed(8, 8)}
+FOUR = {"bits": (4, 4)}
+
+CASES = (
+    Case("scale_by_adam_q", stquant.scale_by_adam_q, optax.scale_by_adam, ours=WIDE, direction=True,
+         limits=ADAM | DIRECTION),
+    Case("adam", stquant.adam, optax.adam, ours=WIDE, limits=ADAM),
+    Case("adam, nesterov", stquant.adam, optax.adam, {"nesterov": True}, WIDE, limits=ADAM),
+    Case("adamw", stquant.adamw, optax.adamw, ours=WIDE, limits=ADAM),
+    Case("adamw, nesterov", stquant.adamw, optax.adamw, {"nesterov": True}, WIDE, limits=ADAM),
+    Case("scale_by_solo", stquant.scale_by_solo, optax.scale_by_adam, {"b1": 0.8}, FOUR,
+         direction=True, error=0.2, static=("quantile",), limits=SOLO),
+    Case("solo_adamw", stquant.solo_adamw, optax.adamw, {"b1": 0.8}, FOUR, error=0.2,
+         static=("quantile",), limits=SOLO),
+)  # fmt: skip
+
+# All leaves in the arena, and all of them exact: none has 4096 elements.
+PACKED, EXACT = stquant.Storage(min_size=0), stquant.Storage()
+STORAGES = {"packed": PACKED, "exact": EXACT}
+
+SHAPES = {"bias": (3,), "kernel": (48, 40), "scale": ()}
+
+
+def params(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    return {name: jnp.ones(shape, dtype) for name, shape in SHAPES.items()}
+
+
+def gradients(seed: int = 0, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    random = np.random.default_rng(seed)
+    return {name: jnp.asarray(random.standard_normal(x), dtype) for name, x in SHAPES.items()}
+
+
+@cache
+def compiled(case: Case, storage: stquant.Storage) -> optax.GradientTransformation:
+    """The optimizer with its update compiled, once for all tests on float32 `params`. Wrappers are
+    called op by op around it."""
+    tx = case.optimizer(storage)
+    return optax.GradientTransformation(tx.init, jax.jit(tx.update))
+
+
+@cache
+def steps(case: Case, storage: stquant.Storage, count: int = 4) -> list[tuple[Any, Any]]:
+    """Updates and states of the first steps."""
+    tx, out = compiled(case, storage), []
+    state = tx.init(params())
+    for seed in range(count):
+        updates, state = tx.update(gradients(seed), state, params())
+        out.append((updates, state))
+    return out
+
+
+def types(tree: Any) -> Any:
+    """Structure, shapes and dtypes, to compare."""
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x).name), tree)

@@ -1,0 +1,200 @@
+"""Optax's wrappers around every optimizer, op by op around its one compiled update where they
+allow it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.common import nbytes
+from tests.conformance.cases import PACKED, compiled, gradients, params, steps, types
+
+tree_map_params = optax.tree_utils.tree_map_params
+
+
+def run(tx, count=3, **extra):
+    """Updates and states of the first steps, with the gradients of `steps`."""
+    state, out = tx.init(params()), []
+    for seed in range(count):
+        updates, state = tx.update(gradients(seed), state, params(), **extra)
+        out.append((updates, state))
+    return out
+
+
+def test_chain(case, storage):
+    tx = optax.chain(optax.clip_by_global_norm(1e3), compiled(case, storage), optax.scale(0.5))
+    with case.can("wrappers"):
+        for (updates, _), (want, _) in zip(run(tx), steps(case, storage), strict=False):
+            chex.assert_trees_all_close(updates, jax.tree.map(lambda x: 0.5 * x, want), rtol=1e-6)
+
+
+def test_multi_steps(case, storage):
+    """Between two steps of the optimizer no bit of its state changes, and no parameter."""
+    tx = optax.MultiSteps(compiled(case, storage), 2)
+    start, grads = tx.init(params()), gradients()
+    with case.can("wrappers"):
+        updates, half = tx.update(grads, start, params())
+        assert not any(np.any(x) for x in jax.tree.leaves(updates))
+        chex.assert_trees_all_equal(half.inner_opt_state, start.inner_opt_state)
+        updates, whole = tx.update(grads, half, params())
+        want, state = steps(case, storage)[0]
+        chex.assert_trees_all_close(updates, want, rtol=1e-6)
+        assert types(whole.inner_opt_state) == types(state)
+
+
+def test_apply_if_finite(case, storage):
+    """A step that is not finite is undone, to the bit, and counted."""
+    tx = optax.apply_if_finite(case.optimizer(storage), max_consecutive_errors=3)
+    update = jax.jit(tx.update)
+    with case.can("wrappers"):
+        _, good = update(gradients(), tx.init(params()), params())
+        bad = gradients(1) | {"scale": jnp.float32(np.nan)}
+        updates, state = update(bad, good, params())
+        assert state.notfinite_count == 1
+        assert not any(np.any(x) for x in jax.tree.leaves(updates))
+        chex.assert_trees_all_equal(state.inner_state, good.inner_state)
+
+
+def injected(case, storage, **how):
+    inject = optax.inject_hyperparams(case.make, static_args=case.static, **how)
+    rate = () if case.direction else (case.rate,)
+    return inject(*rate, **case.options, **case.ours, storage=storage)
+
+
+def test_inject_hyperparams(case, storage):
+    """Hyperparameters that are arrays in the state make the same steps."""
+    tx = injected(case, storage, hyperparam_dtype=jnp.float32)
+    state = tx.init(params())
+    with case.can("inject"):
+        updates, state = jax.jit(tx.update)(gradients(), state, params())
+        if case.direction:
+            updates = jax.tree.map(lambda x: -case.rate * x, updates)
+        want, _ = steps(case, storage)[0]
+        chex.assert_trees_all_close(updates, want, rtol=1e-3)
+        assert state.hyperparams
+
+
+def test_inject_bfloat16(case, storage):
+    """`inject_hyperparams` casts to the parameters' dtype, in which 0.999 is 1: refused."""
+    tx, p = injected(case, storage), params(jnp.bfloat16)
+    with case.can("inject bfloat16"):
+        jax.eval_shape(lambda: tx.update(p, tx.init(p), p))
+
+
+def frozen_base(wrap):
+    """A large base and small adapters, of which only those are trained; as LoRA has it."""
+    mask = {"base": False, "lora": dict.fromkeys(params(), True)}
+    return {"base": jnp.ones((64, 64)), "lora": params()}, wrap(mask)
+
+
+FREEZERS = {
+    "masked": lambda tx: (
+        lambda mask: optax.chain(
+            optax.masked(tx, mask),
+            optax.masked(optax.set_to_zero(), jax.tree.map(lambda x: not x, mask)),
+        )
+    ),
+    "partition": lambda tx: (
+        lambda mask: optax.partition({True: tx, False: optax.set_to_zero()}, mask)
+    ),
+}
+
+
+@pytest.mark.parametrize("freeze", FREEZERS.values(), ids=FREEZERS)
+def test_frozen(case, storage, freeze):
+    """What is frozen owns no byte of the state, and what is trained has types of its own."""
+    tx = case.optimizer(storage)
+    model, frozen = frozen_base(freeze(tx))
+    with case.can("wrappers"):
+        state = frozen.init(model)
+        assert nbytes(state) == nbytes(tx.init({"lora": params()}))
+        updates, new = jax.eval_shape(frozen.update, model, state, model)
+        assert types((updates, new)) == types((model, state))
+
+
+def test_all_frozen(case, storage):
+    """A part without parameters has a state, and steps."""
+    mask = jax.tree.map(lambda _: False, params())
+    tx = optax.masked(case.optimizer(storage), mask)
+    with case.can("wrappers"):
+        updates, _ = tx.update(gradients(), tx.init(params()), params())
+        chex.assert_trees_all_equal(updates, gradients())
+
+
+def test_schedule_free(case, storage):
+    tx = optax.contrib.schedule_free(compiled(case, storage), case.rate, b1=0.9)
+    with case.can("wrappers"):
+        first, *_, (_, state) = run(tx)
+        assert types(first[1]) == types(state)
+        averaged = optax.contrib.schedule_free_eval_params(state, params())
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(averaged))
+
+
+def test_lookahead(case, storage):
+    """Between two syncs the fast parameters take the optimizer's own steps."""
+    tx = optax.lookahead(compiled(case, storage), sync_period=5, slow_step_size=0.5)
+    both = optax.LookaheadParams.init_synced(params())
+    with case.can("wrappers"):
+        updates, state = tx.update(gradients(), tx.init(both), both)
+        want, own = steps(case, storage)[0]
+        chex.assert_trees_all_equal(updates.fast, want)
+        chex.assert_trees_all_equal(state.fast_state, own)
+
+
+def test_mechanize(case, storage):
+    """The first step of a learned scale is tiny; states keep their types."""
+    tx = optax.contrib.mechanize(compiled(case, storage))
+    with case.can("wrappers"):
+        first, *_, (updates, state) = run(tx)
+        assert types(first[1]) == types(state)
+        assert types(updates) == types(params())
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+def test_reduce_on_plateau(case, storage):
+    """A loss that does not fall halves the steps, after one of patience."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+    tx = optax.chain(compiled(case, storage), plateau)
+    with case.can("wrappers"):
+        for i, (updates, _) in enumerate(run(tx, value=1.0)):
+            want, _ = steps(case, storage)[i]
+            chex.assert_trees_all_close(updates["kernel"], 0.5 ** max(i - 1, 0) * want["kernel"])
+
+
+def test_tree_get(case, storage):
+    """There is one count, that of steps."""
+    for i, (_, state) in enumerate(steps(case, storage)):
+        assert optax.tree_utils.tree_get(state, "count") == i + 1
+
+
+def test_tree_map_params(case, storage):
+    """Arrays that are packed are no parameters, those that the function sees are shaped like one:
+    where specs go to parameters, they have the right rank."""
+    tx = case.optimizer(storage)
+    state = tx.init(params())
+
+    def same(x, p):
+        assert x.shape == p.shape
+        return x
+
+    with case.can("tree_map_params"):
+        kept = tree_map_params(tx, same, state, params())
+        chex.assert_trees_all_equal(kept, state)
+        none = tree_map_params(
+            tx, lambda x, p: None, state, params(), transform_non_params=lambda x: None
+        )
+        assert not jax.tree.leaves(none)
+
+
+@pytest.mark.parametrize("how", ["masked", "multi"])
+def test_tree_map_params_through_wrappers(case, how):
+    wrap = {
+        "masked": lambda tx: optax.masked(tx, {"bias": False, "kernel": True, "scale": True}),
+        "multi": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    }[how]
+    tx = wrap(case.optimizer(PACKED))
+    state = tx.init(params())
+    with case.can("tree_map_params"):
+        chex.assert_trees_all_equal(tree_map_params(tx, lambda x: x, state), state)
