@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from tests.conformance.cases import CASES, STORAGES
+from tests.conformance.cases import CASES
+from tests.conformance.shared import STORAGES
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name, scope="session")

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from tests.conformance.cases import compiled, gradients, params, steps, types
+from tests.conformance.shared import can, compiled, gradients, params, steps, types
 
 
 def test_nnx(case, storage):
     """nnx.Optimizer under nnx.jit: the loss falls, the state keeps its types."""
     model = nnx.Linear(40, 48, use_bias=False, rngs=nnx.Rngs(0))
-    with case.can("flax"):
+    with can(case, "flax"):
         optimizer = nnx.Optimizer(model, case.optimizer(storage, 0.01), wrt=nnx.Param)
         before = types(nnx.state(optimizer))
 
@@ -28,7 +28,7 @@ def test_nnx(case, storage):
 
 def test_linen(case, storage):
     """TrainState.apply_gradients takes the optimizer's own step."""
-    with case.can("flax"):
+    with can(case, "flax"):
         state = TrainState.create(apply_fn=None, params=params(), tx=compiled(case, storage))
         state = state.apply_gradients(grads=gradients())
         want, own = steps(case, storage)[0]

@@ -6,6 +6,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests.conformance.shared import can
+
 SPECS = {"bias": P(), "kernel": P(None, "x"), "stack": P(None, "x")}
 
 
@@ -31,7 +33,7 @@ def typeof(tree):
 def test_init(case, storage, mesh):
     """Under jit or not, of arrays or of shapes: one sharding of the state."""
     tx, model = case.optimizer(storage), params(mesh)
-    with case.can("explicit"):
+    with can(case, "explicit"):
         want = typeof(tx.init(model))
         assert typeof(jax.eval_shape(tx.init, model)) == want
         abstract = jax.tree.map(
@@ -43,7 +45,7 @@ def test_init(case, storage, mesh):
 def test_update(case, storage, mesh):
     """The state's sharding is that of init, the updates' that of the gradients."""
     tx, model = case.optimizer(storage), params(mesh)
-    with case.can("explicit"):
+    with can(case, "explicit"):
         state = tx.init(model)
         updates, new = jax.eval_shape(tx.update, model, state, model)
         assert typeof(new) == typeof(state)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tests.common import nbytes
-from tests.conformance.cases import EXACT, PACKED, compiled, gradients, params, steps
+from tests.conformance.shared import EXACT, PACKED, can, compiled, gradients, params, steps
 
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
@@ -47,7 +47,7 @@ def training(case, storage):
 
 
 def test_goal(case, storage):
-    with case.can("targets"):
+    with can(case, "targets"):
         _, (at, state), _ = training(case, storage)
         chex.assert_trees_all_close(at, GOAL, rtol=3e-2, atol=3e-2)
     assert optax.tree_utils.tree_get_all_with_path(state, "count")[0][1] == STEPS
@@ -56,7 +56,7 @@ def test_goal(case, storage):
 def test_donated(case, storage):
     """All bytes of a donated state are those of the new one, and none was refused: that would be a
     warning, which is an error here."""
-    with case.can("donation"):
+    with can(case, "donation"):
         program, _, size = training(case, storage)
         assert program.memory_analysis().alias_size_in_bytes >= size
 
@@ -67,7 +67,7 @@ def test_reference(case):
         return
     theirs = case.original()
     update, state = jax.jit(theirs.update), theirs.init(params())
-    with case.can("reference"):
+    with can(case, "reference"):
         for seed, (updates, _) in enumerate(steps(case, EXACT)):
             want, state = update(gradients(seed), state, params())
             chex.assert_trees_all_close(updates, want, rtol=2e-5, atol=1e-7)

@@ -9,7 +9,8 @@ import pytest
 
 import stquant_jax as stquant
 from tests.conformance import table
-from tests.conformance.cases import CASES, PACKED, gradients, params
+from tests.conformance.cases import CASES
+from tests.conformance.shared import PACKED, can, gradients, params
 
 
 def precision_of(case):
@@ -18,7 +19,7 @@ def precision_of(case):
 
 @pytest.mark.parametrize("policy", [stquant.Budget, stquant.STQuant], ids=lambda x: x.__name__)
 def test_moving_bits(case, policy):
-    with case.can("budget"):
+    with can(case, "budget"):
         tx = case.optimizer(PACKED, precision=policy(8.0, interval=10))
         state = jax.eval_shape(tx.init, params())
         jax.eval_shape(tx.update, gradients(), state, params())
@@ -26,7 +27,7 @@ def test_moving_bits(case, policy):
 
 def test_kernels(case):
     storage = stquant.Storage(min_size=0, backend="pallas_tpu", interpret=True)
-    with case.can("kernels"):
+    with can(case, "kernels"):
         tx = case.optimizer(storage)
         jax.eval_shape(tx.update, params(), jax.eval_shape(tx.init, params()), params())
 
@@ -34,20 +35,20 @@ def test_kernels(case):
 def test_fused_update(case, storage):
     tx = case.optimizer(storage)
     step = partial(stquant.fused_update, tx)
-    with case.can("fused"):
+    with can(case, "fused"):
         new, _ = jax.eval_shape(step, gradients(), jax.eval_shape(tx.init, params()), params())
         assert jax.tree.structure(new) == jax.tree.structure(params())
 
 
 def test_metrics(case, storage):
     state = case.optimizer(storage).init(params())
-    with case.can("metrics"):
+    with can(case, "metrics"):
         assert jax.eval_shape(stquant.metrics, state)["widths"].ndim == 1
 
 
 def test_to_optax(case, storage):
     state = case.optimizer(storage).init(params())
-    with case.can("to_optax"):
+    with can(case, "to_optax"):
         theirs = jax.eval_shape(
             lambda x: stquant.to_optax(x, params(), precision_of(case), storage), state
         )
@@ -56,7 +57,7 @@ def test_to_optax(case, storage):
 
 def test_portable(case, storage):
     state = jax.eval_shape(case.optimizer(storage).init, params())
-    with case.can("portable"):
+    with can(case, "portable"):
         stquant.to_portable(state, params(), precision_of(case), storage)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.conformance.cases import gradients, params, types
+from tests.conformance.shared import can, gradients, params, types
 
 
 def struct(tree):
@@ -17,7 +17,7 @@ def struct(tree):
 def test_dtypes(case, storage, dtype):
     """Updates are as the gradients; what is stored does not depend on them."""
     tx = case.optimizer(storage)
-    with case.can("dtypes"):
+    with can(case, "dtypes"):
         state = tx.init(params(dtype))
         updates, new = jax.eval_shape(tx.update, gradients(0, dtype), state, params(dtype))
         assert types(updates) == types(params(dtype))
@@ -30,7 +30,7 @@ def test_scan(case, storage):
     def step(state, _):
         return tx.update(grads, state, grads)[::-1]
 
-    with case.can("control flow"):
+    with can(case, "control flow"):
         state = tx.init(params())
         new, _ = jax.eval_shape(lambda state: jax.lax.scan(step, state, length=3), state)
         assert types(new) == types(state)
@@ -43,7 +43,7 @@ def test_cond(case, storage):
     def maybe(skip, state):
         return jax.lax.cond(skip, lambda: (grads, state), lambda: tx.update(grads, state, grads))
 
-    with case.can("control flow"):
+    with can(case, "control flow"):
         state = tx.init(params())
         _, new = jax.eval_shape(maybe, True, state)
         assert types(new) == types(state)
@@ -59,7 +59,7 @@ def test_while_loop(case, storage):
     def loop(state):
         return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (0, state))
 
-    with case.can("control flow"):
+    with can(case, "control flow"):
         state = tx.init(params())
         _, new = jax.eval_shape(loop, state)
         assert types(new) == types(state)
@@ -69,7 +69,7 @@ def test_ensemble(case, storage):
     """Under vmap the states of members stand side by side."""
     tx, members = case.optimizer(storage), 3
     stack = jax.tree.map(lambda x: jnp.stack([x] * members), params())
-    with case.can("vmap"):
+    with can(case, "vmap"):
         alone = tx.init(params())
         state = jax.vmap(tx.init)(stack)
         updates, new = jax.eval_shape(jax.vmap(tx.update), stack, state, stack)
@@ -82,7 +82,7 @@ def test_ensemble(case, storage):
 def test_extra_args(case, storage):
     """What others in a chain need is passed over."""
     tx = case.optimizer(storage)
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         jax.eval_shape(
             lambda state: tx.update(gradients(), state, params(), value=1.0, unknown="x"),
             tx.init(params()),
@@ -92,7 +92,7 @@ def test_extra_args(case, storage):
 def test_abstract_init(case, storage):
     """`eval_shape` needs no arrays and makes none."""
     tx = case.optimizer(storage)
-    with case.can("abstract"):
+    with can(case, "abstract"):
         want, shapes = types(tx.init(params())), struct(params())
         before = len(jax.live_arrays())
         state = jax.eval_shape(tx.init, shapes)

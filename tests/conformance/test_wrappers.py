@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests.common import nbytes
-from tests.conformance.cases import PACKED, compiled, gradients, params, steps, types
+from tests.conformance.shared import PACKED, can, compiled, gradients, params, steps, types
 
 tree_map_params = optax.tree_utils.tree_map_params
 
@@ -25,7 +25,7 @@ def run(tx, count=3, **extra):
 
 def test_chain(case, storage):
     tx = optax.chain(optax.clip_by_global_norm(1e3), compiled(case, storage), optax.scale(0.5))
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         for (updates, _), (want, _) in zip(run(tx), steps(case, storage), strict=False):
             chex.assert_trees_all_close(updates, jax.tree.map(lambda x: 0.5 * x, want), rtol=1e-6)
 
@@ -34,7 +34,7 @@ def test_multi_steps(case, storage):
     """Between two steps of the optimizer no bit of its state changes, and no parameter."""
     tx = optax.MultiSteps(compiled(case, storage), 2)
     start, grads = tx.init(params()), gradients()
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         updates, half = tx.update(grads, start, params())
         assert not any(np.any(x) for x in jax.tree.leaves(updates))
         chex.assert_trees_all_equal(half.inner_opt_state, start.inner_opt_state)
@@ -48,7 +48,7 @@ def test_apply_if_finite(case, storage):
     """A step that is not finite is undone, to the bit, and counted."""
     tx = optax.apply_if_finite(case.optimizer(storage), max_consecutive_errors=3)
     update = jax.jit(tx.update)
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         _, good = update(gradients(), tx.init(params()), params())
         bad = gradients(1) | {"scale": jnp.float32(np.nan)}
         updates, state = update(bad, good, params())
@@ -67,7 +67,7 @@ def test_inject_hyperparams(case, storage):
     """Hyperparameters that are arrays in the state make the same steps."""
     tx = injected(case, storage, hyperparam_dtype=jnp.float32)
     state = tx.init(params())
-    with case.can("inject"):
+    with can(case, "inject"):
         updates, state = jax.jit(tx.update)(gradients(), state, params())
         if case.direction:
             updates = jax.tree.map(lambda x: -case.rate * x, updates)
@@ -79,7 +79,7 @@ def test_inject_hyperparams(case, storage):
 def test_inject_bfloat16(case, storage):
     """`inject_hyperparams` casts to the parameters' dtype, in which 0.999 is 1: refused."""
     tx, p = injected(case, storage), params(jnp.bfloat16)
-    with case.can("inject bfloat16"):
+    with can(case, "inject bfloat16"):
         jax.eval_shape(lambda: tx.update(p, tx.init(p), p))
 
 
@@ -107,7 +107,7 @@ def test_frozen(case, storage, freeze):
     """What is frozen owns no byte of the state, and what is trained has types of its own."""
     tx = case.optimizer(storage)
     model, frozen = frozen_base(freeze(tx))
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         state = frozen.init(model)
         assert nbytes(state) == nbytes(tx.init({"lora": params()}))
         updates, new = jax.eval_shape(frozen.update, model, state, model)
@@ -118,14 +118,14 @@ def test_all_frozen(case, storage):
     """A part without parameters has a state, and steps."""
     mask = jax.tree.map(lambda _: False, params())
     tx = optax.masked(case.optimizer(storage), mask)
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         updates, _ = tx.update(gradients(), tx.init(params()), params())
         chex.assert_trees_all_equal(updates, gradients())
 
 
 def test_schedule_free(case, storage):
     tx = optax.contrib.schedule_free(compiled(case, storage), case.rate, b1=0.9)
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         first, *_, (_, state) = run(tx)
         assert types(first[1]) == types(state)
         averaged = optax.contrib.schedule_free_eval_params(state, params())
@@ -136,7 +136,7 @@ def test_lookahead(case, storage):
     """Between two syncs the fast parameters take the optimizer's own steps."""
     tx = optax.lookahead(compiled(case, storage), sync_period=5, slow_step_size=0.5)
     both = optax.LookaheadParams.init_synced(params())
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         updates, state = tx.update(gradients(), tx.init(both), both)
         want, own = steps(case, storage)[0]
         chex.assert_trees_all_equal(updates.fast, want)
@@ -146,7 +146,7 @@ def test_lookahead(case, storage):
 def test_mechanize(case, storage):
     """The first step of a learned scale is tiny; states keep their types."""
     tx = optax.contrib.mechanize(compiled(case, storage))
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         first, *_, (updates, state) = run(tx)
         assert types(first[1]) == types(state)
         assert types(updates) == types(params())
@@ -157,7 +157,7 @@ def test_reduce_on_plateau(case, storage):
     """A loss that does not fall halves the steps, after one of patience."""
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
     tx = optax.chain(compiled(case, storage), plateau)
-    with case.can("wrappers"):
+    with can(case, "wrappers"):
         for i, (updates, _) in enumerate(run(tx, value=1.0)):
             want, _ = steps(case, storage)[i]
             chex.assert_trees_all_close(updates["kernel"], 0.5 ** max(i - 1, 0) * want["kernel"])
@@ -179,7 +179,7 @@ def test_tree_map_params(case, storage):
         assert x.shape == p.shape
         return x
 
-    with case.can("tree_map_params"):
+    with can(case, "tree_map_params"):
         kept = tree_map_params(tx, same, state, params())
         chex.assert_trees_all_equal(kept, state)
         none = tree_map_params(
@@ -196,5 +196,5 @@ def test_tree_map_params_through_wrappers(case, how):
     }[how]
     tx = wrap(case.optimizer(PACKED))
     state = tx.init(params())
-    with case.can("tree_map_params"):
+    with can(case, "tree_map_params"):
         chex.assert_trees_all_equal(tree_map_params(tx, lambda x: x, state), state)
