@@ -128,12 +128,12 @@ def scale_by_solo(
 
     def empty(layout: Layout, here: Sharding | None, treedef: Any) -> ScaleBySoloState:
         def local():
-            return [_zeros(leaf, bits) for leaf in layout.leaves]
+            return jnp.zeros((), jnp.int32), [_zeros(leaf, bits) for leaf in layout.leaves]
 
-        make = per_device(local, mesh_of(here), (), [_specs(leaf) for leaf in layout.leaves])
-        return _state(
-            jnp.zeros((), jnp.int32), treedef, make() if here is None else jax.jit(make)()
-        )
+        specs = P(), [_specs(leaf) for leaf in layout.leaves]
+        make = per_device(local, mesh_of(here), (), specs)
+        count, leaves = make() if here is None else jax.jit(make)()
+        return _state(count, treedef, leaves)
 
     def init(params: optax.Params) -> ScaleBySoloState:
         if is_placeholder(params):  # no field is a tree of arrays shaped like them

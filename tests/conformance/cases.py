@@ -23,8 +23,8 @@ CAPABILITIES = {
     "vmap": "`vmap`",
     "donation": "donation",
     "abstract": "`eval_shape`",
-    "wrappers": "`optax.chain`, `MultiSteps`, `apply_if_finite`, `masked`, `partition`, `lookahead`, "
-    "`contrib.schedule_free`, `contrib.mechanize`, `contrib.reduce_on_plateau`",
+    "wrappers": "Optax's `chain`, `MultiSteps`, `apply_if_finite`, `masked`, `partition`, "
+    "`lookahead`, `contrib.schedule_free`, `contrib.mechanize`, `contrib.reduce_on_plateau`",
     "inject": "`inject_hyperparams` in float32",
     "inject bfloat16": "`inject_hyperparams` in bfloat16",
     "tree_map_params": "`tree_map_params`",

@@ -5,12 +5,11 @@ from functools import cache, partial
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from tests.common import nbytes
-from tests.conformance.shared import EXACT, PACKED, can, compiled, gradients, params, steps
+from tests.conformance.shared import can
 
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
@@ -59,29 +58,3 @@ def test_donated(case, storage):
     with can(case, "donation"):
         program, _, size = training(case, storage)
         assert program.memory_analysis().alias_size_in_bytes >= size
-
-
-def test_reference(case):
-    """With all leaves exact it is Optax's."""
-    if case.reference is None:
-        return
-    theirs = case.original()
-    update, state = jax.jit(theirs.update), theirs.init(params())
-    with can(case, "reference"):
-        for seed, (updates, _) in enumerate(steps(case, EXACT)):
-            want, state = update(gradients(seed), state, params())
-            chex.assert_trees_all_close(updates, want, rtol=2e-5, atol=1e-7)
-
-
-def test_packed(case):
-    """Packed it is near; a leaf of one element is a group of its own."""
-    for (updates, _), (want, _) in zip(steps(case, PACKED), steps(case, EXACT), strict=True):
-        for name, u in want.items():
-            error = np.sum((updates[name] - u) ** 2) / np.sum(u**2)
-            assert error < case.error, (name, error)
-    assert any(x.dtype == jnp.uint32 for x in jax.tree.leaves(steps(case, PACKED)[0][1]))
-
-
-def test_compiled_once(case, storage):
-    steps(case, storage)
-    assert compiled(case, storage).update._cache_size() == 1

@@ -20,7 +20,7 @@ def precision_of(case):
 @pytest.mark.parametrize("policy", [stquant.Budget, stquant.STQuant], ids=lambda x: x.__name__)
 def test_moving_bits(case, policy):
     with can(case, "budget"):
-        tx = case.optimizer(PACKED, precision=policy(8.0, interval=10))
+        tx = case.optimizer(PACKED, precision=policy(16.0, interval=10))
         state = jax.eval_shape(tx.init, params())
         jax.eval_shape(tx.update, gradients(), state, params())
 
