@@ -10,7 +10,7 @@ import pytest
 import stquant_jax as stquant
 from tests.conformance import table
 from tests.conformance.cases import CASES
-from tests.conformance.shared import PACKED, can, gradients, params
+from tests.conformance.shared import PACKED, can, gradients, params, types
 
 
 def precision_of(case):
@@ -19,10 +19,17 @@ def precision_of(case):
 
 @pytest.mark.parametrize("policy", [stquant.Budget, stquant.STQuant], ids=lambda x: x.__name__)
 def test_moving_bits(case, policy):
+    """A budget and a pin are no obstacle where nothing is to be stored: to `tree_map_params`, which
+    asks `init` about parameters that are none, and where all are masked out."""
     with can(case, "budget"):
-        tx = case.optimizer(PACKED, precision=policy(16.0, interval=10))
+        precision = policy(16.0, interval=10, pins={"kernel": (4, 2)})
+        tx = case.optimizer(PACKED, precision=precision)
         state = jax.eval_shape(tx.init, params())
-        jax.eval_shape(tx.update, gradients(), state, params())
+        _, new = jax.eval_shape(tx.update, gradients(), state, params())
+        assert types(new) == types(state)
+        optax.tree_utils.tree_map_params(tx, lambda x: x, state)
+        masked = optax.masked(tx, dict.fromkeys(params(), False))
+        jax.eval_shape(masked.update, gradients(), masked.init(params()), params())
 
 
 def test_kernels(case):
