@@ -102,16 +102,24 @@ def injected(case, storage, **how):
 
 
 def test_inject_hyperparams(case, storage):
-    """Hyperparameters that are arrays in the state make the same steps."""
+    """Hyperparameters may be arrays in the state, traced."""
     tx = injected(case, storage, hyperparam_dtype=jnp.float32)
     state = tx.init(params())
     with can(case, "inject"):
-        updates, state = jax.jit(tx.update)(gradients(), state, params())
+        updates, new = jax.eval_shape(tx.update, gradients(), state, params())
+        assert types((updates, new)) == types((params(), state))
+        assert new.hyperparams
+
+
+def test_injected_numbers(case):
+    """They make the same steps."""
+    tx = injected(case, EXACT, hyperparam_dtype=jnp.float32)
+    with can(case, "inject"):
+        updates, _ = jax.jit(tx.update)(gradients(), tx.init(params()), params())
         if case.direction:
             updates = jax.tree.map(lambda x: -case.rate * x, updates)
-        want, _ = steps(case, storage)[0]
+        want, _ = steps(case, EXACT)[0]
         chex.assert_trees_all_close(updates, want, rtol=1e-3)
-        assert state.hyperparams
 
 
 def test_inject_bfloat16(case, storage):

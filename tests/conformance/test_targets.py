@@ -13,7 +13,7 @@ from tests.conformance.shared import can
 
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
 
-STEPS = 1000
+STEPS = 600
 START = {"parabola": jnp.array([-1.0, 10.0, 1.0]), "rosenbrock": jnp.zeros(2)}
 GOAL = {"parabola": jnp.array([1.0, -1.0, 1.0]), "rosenbrock": jnp.ones(2)}
 

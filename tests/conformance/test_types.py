@@ -108,3 +108,21 @@ def test_refused(case, storage, dtype):
     wrong = params() | {"wrong": jnp.ones((48, 40), dtype)}
     with pytest.raises(ValueError, match=f"'wrong'.*{dtype.__name__}.*real floating"):
         case.optimizer(storage).init(wrong)
+
+
+ODD_TREES = {
+    "none": {},
+    "empty": {"empty": jnp.zeros((0, 3))},
+    "scalar": jnp.zeros(()),
+    "bare": jnp.ones((48, 40)),
+    "hollow": [None, ()],
+}
+
+
+@pytest.mark.parametrize("tree", ODD_TREES.values(), ids=ODD_TREES)
+def test_odd_trees(case, storage, tree):
+    """No leaves, none that is quantized, an array without a tree."""
+    tx = case.optimizer(storage)
+    state = tx.init(tree)
+    updates, new = jax.eval_shape(tx.update, tree, state, tree)
+    assert types((updates, new)) == types((tree, state))
