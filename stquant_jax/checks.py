@@ -96,8 +96,13 @@ _FIELDS = ("count", "arena", "mu_scale", "nu_scale", "nu_row", "exact", "precisi
 def is_placeholder(params: Any) -> bool:
     """Not parameters, but what `optax.tree_utils.tree_map_params` gives to ``init`` to see where
     they end up in the state."""
-    seen = []
-    optax.tree_utils.tree_map_params(seen.append, None, None)
+    seen: list[Any] = []
+
+    def init(placeholder: Any) -> Any:
+        seen.append(placeholder)
+        return ()
+
+    optax.tree_utils.tree_map_params(init, lambda x: x, ())
     return isinstance(params, type(seen[0]))
 
 

@@ -137,7 +137,8 @@ def scale_by_solo(
 
     def init(params: optax.Params) -> ScaleBySoloState:
         if is_placeholder(params):  # no field is a tree of arrays shaped like them
-            return ScaleBySoloState(*ScaleBySoloState._fields)
+            fields: Any = ScaleBySoloState._fields
+            return ScaleBySoloState(*fields)
         here = whereabouts.at_init(params)
         layout = layout_for(params, Fixed(), storage, here)
         return empty(layout, here, jax.tree.structure(params))
