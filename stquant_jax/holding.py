@@ -214,6 +214,8 @@ def _widths(
     Args:
       beside: bytes of what is not quantized. reference: of all, in float32.
     """
+    if not layout.leaves:
+        return ()
     leaves = layout.quantized
     if not leaves:
         return ()
