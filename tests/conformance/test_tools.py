@@ -22,7 +22,7 @@ def test_moving_bits(case, policy):
     """A budget and a pin are no obstacle where nothing is to be stored: to `tree_map_params`, which
     asks `init` about parameters that are none, and where all are masked out."""
     with can(case, "budget"):
-        precision = policy(16.0, interval=10, pins={"kernel": (4, 2)})
+        precision = policy(24.0, interval=10, pins={"kernel": (4, 2)})
         tx = case.optimizer(PACKED, precision=precision)
         state = jax.eval_shape(tx.init, params())
         _, new = jax.eval_shape(tx.update, gradients(), state, params())
