@@ -25,8 +25,6 @@ def outcome(case, storage):
         assert types(lowered.out_info) == types((model, state)), "other types"
         if storage == EXACT:
             lowered.compile()(model, state, model)
-        else:
-            assert all(x.dtype.itemsize <= 4 for x in jax.tree.leaves(state)), "64 bits of state"
     except (AssertionError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
