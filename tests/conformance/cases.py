@@ -17,7 +17,7 @@ import stquant_jax as stquant
 # Capability -> what the README calls it.
 CAPABILITIES = {
     "reference": "updates equal to Optax's on exact leaves",
-    "targets": "a parabola and Rosenbrock's function, minimised as far as by Optax's",
+    "targets": "a parabola and Rosenbrock's function minimised as by Optax's",
     "dtypes": "updates in the gradients' dtype",
     "control flow": "`scan`, `cond`, `while_loop`",
     "vmap": "`vmap`",
@@ -31,7 +31,7 @@ CAPABILITIES = {
     "x64": "`jax_enable_x64`",
     "explicit": "Explicit mesh axes",
     "flax": "`nnx.Optimizer`, Linen's `TrainState`",
-    "budget": "`Budget`, `STQuant`",
+    "budget": "a budget of bits",
     "kernels": "Pallas kernels",
     "fused": "`fused_update`",
     "metrics": "`metrics`",
