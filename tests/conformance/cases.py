@@ -102,6 +102,7 @@ ANY = {
     "to_optax": "expected the ScaleByAdamQState",
     "portable": "expected the ScaleByAdamQState",
 }
+MUON = "Contracting dimensions are sharded"  # Optax's own, on Explicit axes
 # Of Optax's, which cast 0.999 to 1.
 DECAYS = {"inject bfloat16": "not finite, as Optax's own"}
 SOLO = ANY | ADAM | {"budget": "unexpected keyword argument 'precision'"}

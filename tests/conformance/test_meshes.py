@@ -34,7 +34,7 @@ def typeof(tree):
 def test_init(case, storage, mesh):
     """Under jit or not, of arrays or of shapes: one sharding of the state."""
     tx, model = case.optimizer(storage), params(mesh)
-    with can(case, "explicit"):
+    with can(case, "abstract"):
         want = typeof(tx.init(model))
         assert typeof(jax.eval_shape(tx.init, model)) == want
         abstract = jax.tree.map(
