@@ -138,7 +138,7 @@ CASES = (
     Case("scale_by_lion_q", stquant.scale_by_lion_q, optax.scale_by_lion, ours=WIDE,
          direction=True, error=0.2, limits=ANY),
     Case("muon", stquant.muon, optax.contrib.muon, ours=WIDE, static=("ns_steps",),
-         limits=ANY | DECAYS),
+         limits=ANY | DECAYS | {"explicit": MUON}),
     Case("rmsprop", stquant.rmsprop, optax.rmsprop, ours=WIDE, limits=ANY),
     Case("scale_by_rms_q", stquant.scale_by_rms_q, optax.scale_by_rms, ours=WIDE, direction=True,
          limits=ANY),
