@@ -1,4 +1,5 @@
-"""Writes the README's tables from the committed JSON, between its `<!-- name -->` markers.
+"""Writes the README's tables, from the committed JSON and from the table of tests/conformance,
+between its `<!-- name -->` markers.
 
 python -m benchmarks.tables           rewrite README.md
 python -m benchmarks.tables --check   exit 1 if it would change
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import _io
+from tests.conformance import table as conformance
 
 README = Path(__file__).parent.parent / "README.md"
 STREAMS = ("gpt", "vit", "synthetic")
@@ -283,6 +285,7 @@ def render(text: str) -> str:
         "pod": pod,
         "faults": faults,
         "sharded": sharded,
+        "conformance": conformance.render,
     }
     for name, make in makers.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

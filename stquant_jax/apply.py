@@ -20,7 +20,7 @@ class Apply(NamedTuple):
     """What a step needs to apply its updates.
 
     Attributes:
-      params: one array per leaf, of any real floating dtype.
+      params: one array per leaf, of any real floating dtype of at most 32 bits.
       rate: float32[], minus the learning rate.
       decay: float32[leaves], the weight decay of each; 0 where it is masked.
       stochastic: round bfloat16 parameters stochastically. Static.
@@ -51,13 +51,13 @@ def apply_block(
 ) -> jax.Array:
     """New parameters in p's dtype, from an update in float32: elementwise, any shape.
 
-    The arithmetic is in float32, or in p's dtype if that is wider.
+    The arithmetic is in float32.
 
     Args:
       rate, decay: float32 scalars.
       bits: uint32, uniform; with them p, which is then bfloat16, is rounded stochastically.
     """
-    wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+    wide = p.astype(jnp.float32)
     new = wide + rate * (u + decay * wide)
     return new.astype(p.dtype) if bits is None else stochastic(new, bits)
 

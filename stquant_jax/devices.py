@@ -9,11 +9,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.layout import Layout
+from stquant_jax.numerics import in_32_bits
 from stquant_jax.sharding import Axes, Sharding
 
 
 def per_device(f: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
-    """``f`` on every device's own parts; without a mesh, ``f``."""
+    """``f`` on every device's own parts; without a mesh, ``f``. In 32 bits, either."""
+    f = in_32_bits(f)
     if mesh is None:
         return f
     mapped = jax.shard_map(

@@ -64,7 +64,8 @@ def fused_update(
       tx: what `adam` or `adamw` returned.
       grads: a tree of real floating arrays.
       state: ``tx.init(params)``, or what the last step returned.
-      params: a tree of real floating arrays, in structure and shapes like ``grads``.
+      params: a tree of real floating arrays of at most 32 bits, in structure and shapes like
+        ``grads``.
       stochastic_rounding: round bfloat16 parameters up or down at random, so that the mean is what
         was to be rounded: to nearest, an update of less than half a step of its parameter, which is
         2**-9 to 2**-8 of it, is lost every time. The noise is a hash of ``Storage.seed``, step and
@@ -179,6 +180,11 @@ def _check_params(params: Any, grads: Any, stochastic: bool) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"params has dtype {dtype.name} at {name!r}: expected a real floating dtype"
+            )
+        if jnp.finfo(dtype).bits > 32:
+            raise ValueError(
+                f"params has dtype {dtype.name} at {name!r}, but is updated in float32: expected "
+                "32 bits or less; use tx.update and optax.apply_updates"
             )
         if stochastic and jnp.finfo(dtype).bits < 32 and dtype != jnp.bfloat16:
             raise ValueError(

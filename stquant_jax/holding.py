@@ -29,13 +29,13 @@ class QuantizedState(NamedTuple):
     """State of `quantize_state`: arrays only.
 
     Attributes:
-      count: int32[], updates done.
+      steps: int32[], updates done; the count that others look for is the transformation's own.
       inner: the transformation's own state, `optax.MaskedNode` in place of what is quantized.
       store: codes and scales of that.
       fingerprint: uint32[], of the shapes and widths that the store's bits mean.
     """
 
-    count: jax.Array
+    steps: jax.Array
     inner: Any
     store: Store
     fingerprint: jax.Array
@@ -216,6 +216,8 @@ def _widths(
     Args:
       beside: bytes of what is not quantized. reference: of all, in float32.
     """
+    if not layout.leaves:
+        return ()
     leaves = layout.quantized
     tiles = np.array([leaf.tiles for leaf in leaves], int)
     kinds = np.where(signs, NU, MU).astype(int)

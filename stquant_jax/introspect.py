@@ -268,8 +268,8 @@ def report(
     check_state(state, layout)
     schedule = sum(x.nbytes for x in jax.tree.leaves((state.count, state.precision)))
     schedule += 8 * (layout.exact_columns - layout.exact_size)
-    if tally := state.precision.tally:  # of which each device has its own
-        schedule -= tally.digits.nbytes - tally.digits.nbytes // layout.devices
+    tally = state.precision.tally  # of which each device has its own
+    schedule -= tally.digits.nbytes - tally.digits.nbytes // layout.devices
     widths = np.asarray(state.precision.plan.widths)
     capacity = state.arena.shape[0] // layout.devices
     return _report(layout, widths, capacity, schedule, storage)

@@ -6,11 +6,12 @@ alone, so that devices differ at most in how they fuse a multiplication with an 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 TINY = 2.0**-126  # smallest normal float32; anything below is flushed to zero by most accelerators
@@ -81,6 +82,34 @@ def to_float(code: jax.Array) -> jax.Array:
 def to_code(x: jax.Array) -> jax.Array:
     """Whole float32 in [0, 2**22) as uint32: plus 2**23 it is in the low bits. NaN: any code."""
     return lax.bitcast_convert_type(x + 2.0**23, jnp.uint32) & jnp.uint32(0x3FFFFF)
+
+
+def in_32_bits(f: Callable) -> Callable:
+    """``f``, traced as without `jax_enable_x64`, under which whole Python numbers become int64.
+
+    What is stored and what is computed is then the same, bit for bit. ``f`` takes no float64.
+    """
+
+    @wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.enable_x64(False):
+            return f(*args, **kwargs)
+
+    return call
+
+
+def narrowed(tree: Any) -> Any:
+    """Arrays of float64 as float32; all others as they are."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == np.float64 else x, tree)
+
+
+def widened(tree: Any, like: Any) -> Any:
+    """The inverse of `narrowed`, in dtypes alone."""
+
+    def of(x, y):
+        return x.astype(y.dtype) if y.dtype == np.float64 and jax.enable_x64.value else x
+
+    return jax.tree.map(of, tree, like)
 
 
 def isolated(always: jax.Array, f: Callable, *args: Any) -> Any:

@@ -24,12 +24,12 @@ def layout_for(
 
     Raises:
       ValueError: as `layout_of`; a pin that matches no leaf; a backend that cannot run; a sharding
-        that does not fit.
+        that does not fit. A tree without leaves, as Optax's wrappers make them, is no error.
     """
     storage = settle(storage)
     layout = layout_of(tree, storage, precision.keeps_exact)
     paths = [leaf.path for leaf in layout.leaves]
-    for pattern in unmatched(precision.pins, paths):
+    for pattern in unmatched(precision.pins, paths) if paths else ():
         raise ValueError(
             f"pins[{pattern!r}] matches no leaf: expected a regular expression that is found in at "
             f"least one of {', '.join(map(repr, paths[:20]))}{', ...' if len(paths) > 20 else ''}"
@@ -75,6 +75,8 @@ def rows_for(layout: Layout, precision: Policy) -> int:
     Raises:
       ValueError: the policy's budget is below the floor.
     """
+    if not layout.leaves:
+        return 0
     whole = layout.whole
     fixed = rows.fixed_bytes(whole) + schedule_bytes(whole, precision)
     return precision.rows(slots_for(whole, precision), fixed, rows.reference_bytes(whole))

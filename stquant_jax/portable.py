@@ -136,7 +136,7 @@ def _portable(old: ScaleByAdamQState, layout: Layout, mesh: Any) -> dict[str, An
         "leaves": {leaf.path: x for leaf, x in zip(layout.leaves, leaves, strict=True)},
         "plan": plan._asdict(),
         "observed": observed._asdict(),
-        "tally": gathered(tally)._asdict() if tally else {},
+        "tally": gathered(tally)._asdict() if layout.quantized else {},
         "memory": memory._asdict(),
     }
 
@@ -154,7 +154,7 @@ def _restored(given: dict, new: ScaleByAdamQState, layout: Layout, mesh: Any) ->
         sums.append(found)
     vectors, found = write_exact(layout, mesh, exact) if layout.exact_size else (new.exact, [])
     _check_sums(layout, sums, found, quantized, exact)
-    tally: Any = ()
+    tally = new.precision.tally
     if layout.quantized:
         tally = Tally(**given["tally"])
         scatter = per_device(

@@ -118,7 +118,7 @@ def quantize_state(
         held = holding(updates if params is None else params, here)
         leaves = held.leaves_of(state)
         store = held.known(state)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = jnp.asarray(optax.safe_increment(state.steps))
         run = partial(tx.update, **extra_args)
         by = _one_by_one if leafwise and jax.tree.leaves(updates) else _all_at_once
         new_updates, leaves, store = by(held, run, updates, leaves, params, store, count)

@@ -19,10 +19,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
-from stquant_jax.checks import check_hyperparameters, check_xla_only
+from stquant_jax.checks import check_hyperparameters, check_xla_only, is_placeholder
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Leaf, Storage
-from stquant_jax.numerics import hash32, to_float
+from stquant_jax.numerics import hash32, narrowed, to_float, widened
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Fixed
@@ -128,14 +128,17 @@ def scale_by_solo(
 
     def empty(layout: Layout, here: Sharding | None, treedef: Any) -> ScaleBySoloState:
         def local():
-            return [_zeros(leaf, bits) for leaf in layout.leaves]
+            return jnp.zeros((), jnp.int32), [_zeros(leaf, bits) for leaf in layout.leaves]
 
-        make = per_device(local, mesh_of(here), (), [_specs(leaf) for leaf in layout.leaves])
-        return _state(
-            jnp.zeros((), jnp.int32), treedef, make() if here is None else jax.jit(make)()
-        )
+        specs = P(), [_specs(leaf) for leaf in layout.leaves]
+        make = per_device(local, mesh_of(here), (), specs)
+        count, leaves = make() if here is None else jax.jit(make)()
+        return _state(count, treedef, leaves)
 
     def init(params: optax.Params) -> ScaleBySoloState:
+        if is_placeholder(params):  # no field is a tree of arrays shaped like them
+            fields: Any = ScaleBySoloState._fields
+            return ScaleBySoloState(*fields)
         here = whereabouts.at_init(params)
         layout = layout_for(params, Fixed(), storage, here)
         return empty(layout, here, jax.tree.structure(params))
@@ -149,7 +152,7 @@ def scale_by_solo(
         del params, extra_args
         here = whereabouts.at_update(updates)
         layout = layout_for(updates, Fixed(), storage, here)
-        grads, treedef = jax.tree.flatten(updates)
+        grads, treedef = jax.tree.flatten(narrowed(updates))
         _check_state(state, jax.eval_shape(partial(empty, layout, here, treedef)))
         trees = [treedef.flatten_up_to(tree) for tree in state[1:]]
         old = [_Stored(*parts) for parts in zip(*trees, strict=True)]
@@ -170,8 +173,8 @@ def scale_by_solo(
         parts, own = part_specs(layout), [_specs(leaf) for leaf in layout.leaves]
         run = per_device(local, mesh_of(here), (parts, own, P(), P()), (parts, own))
         directions, leaves = run(grads, old, count, scalars)
-        directions = whole_replicas(directions, layout, here)
-        return jax.tree.unflatten(treedef, directions), _state(count, treedef, leaves)
+        directions = jax.tree.unflatten(treedef, whole_replicas(directions, layout, here))
+        return widened(directions, updates), _state(count, treedef, leaves)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

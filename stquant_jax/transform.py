@@ -22,7 +22,7 @@ from stquant_jax.backends.repack import repack
 from stquant_jax.checks import check_hyperparameters, check_precision, check_rows, check_state
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Storage
-from stquant_jax.numerics import isolated
+from stquant_jax.numerics import isolated, narrowed, widened
 from stquant_jax.places import counted_leaves
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
@@ -150,7 +150,7 @@ def scale_by_adam_q(
     ) -> tuple[Any, ScaleByAdamQState]:
         here = whereabouts.at_update(grads)
         layout = layout_for(grads, precision, storage, here)
-        leaves, treedef = jax.tree.flatten(grads)
+        leaves, treedef = jax.tree.flatten(narrowed(grads))
         check_state(state, layout)
         check_rows(state, layout, capacity_for(layout, precision), precision)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -167,7 +167,8 @@ def scale_by_adam_q(
         specs = parts, own, P(), P(), *(parts, P(), P())[: len(applied)]
         run = per_device(local, mesh_of(here), specs, (parts, own))
         updates, state = run(leaves, state, count, scalars, *applied)
-        return jax.tree.unflatten(treedef, whole_replicas(updates, layout, here)), state
+        updates = jax.tree.unflatten(treedef, whole_replicas(updates, layout, here))
+        return widened(updates, grads), state
 
     def update(
         updates: optax.Updates,
@@ -207,7 +208,7 @@ def state_specs(layout: Layout) -> ScaleByAdamQState:
         precision=PrecisionState(
             plan=same,
             observed=same,
-            tally=Tally(by_device, same, same) if layout.quantized else (),
+            tally=Tally(by_device, same, same),
             memory=same,
         ),
     )
@@ -265,7 +266,7 @@ def _refresh(
     and the policy decides on a new plan, to which the arena is repacked; where plans never change,
     the former is all. Only then do devices meet.
     """
-    if not state.tally:
+    if not layout.quantized:
         return packed, state
     tiles, axes = tuple(leaf.tiles for leaf in layout.quantized), layout.axes
     sums = aged(sums, decays, count)

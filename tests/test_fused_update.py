@@ -312,3 +312,11 @@ def test_errors(tx, arguments, words):
     with pytest.raises(ValueError) as caught:
         stquant.fused_update(tx, **arguments)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_double_parameters():
+    """They would be rounded to float32."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
+        with pytest.raises(ValueError, match="float64 at 'bias'.*32 bits or less"):
+            stquant.fused_update(ADAM, PARAMS, STATE, wide)

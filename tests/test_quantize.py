@@ -54,14 +54,14 @@ WRAPPED = {
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapped_optimizers(name):
-    """Updates near Optax's, at 8 bits; no bits left over from one parameter at a time."""
+    """Updates near Optax's, at 8 bits; the same one parameter at a time."""
     make, bound = WRAPPED[name]
     exact, _ = run(make(1e-3))
     whole, state = run(stquant.quantize_state(make(1e-3), Fixed(8, 8)))
     assert off(whole, exact) < bound
     alone, other = run(stquant.quantize_state(make(1e-3), Fixed(8, 8), leafwise=True))
     chex.assert_trees_all_equal(state.store, other.store)
-    chex.assert_trees_all_close(whole, alone, rtol=1e-5)
+    assert off(alone[-1], whole[-1]) < 1e-10
     # What is exact is Optax's to the rounding of its program.
     chex.assert_trees_all_close(whole[-1]["bias"], exact[-1]["bias"], rtol=1e-5, atol=1e-9)
 

@@ -46,7 +46,7 @@ class PrecisionState(NamedTuple):
 
     plan: Plan
     observed: Observed
-    tally: Tally | tuple[()]  # of the steps since then; () where nothing is quantized
+    tally: Tally  # of the steps since then
     memory: Any  # the policy's own arrays, a NamedTuple
 
     @property
@@ -61,7 +61,7 @@ class PrecisionState(NamedTuple):
           axes: of the mesh, as for `stquant_jax.precision.tally.total`.
         """
         tally, nu_widths = self.tally, self.plan.widths[1::2]
-        if not tally:
+        if not len(nu_widths):
             return self
         sums = total(tally, axes)
         decays = tally.decays[0], tally.decays[1]
@@ -145,7 +145,7 @@ class Policy:
                 jnp.asarray(np.where(mu, np.float32(0), shrinkage)),
             ),
             nothing_observed(leaves),
-            nothing_tallied(leaves) if leaves else (),
+            nothing_tallied(leaves),
             self.first_memory(slots),
         )
 

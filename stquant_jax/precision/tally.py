@@ -48,10 +48,11 @@ class Tally(NamedTuple):
 
 
 def nothing_tallied(leaves: int) -> Tally:
+    """Where there are no leaves all of it is empty, so that it takes no byte."""
     return Tally(
         jnp.zeros((1, len(Sums._fields), leaves, DIGITS), jnp.uint16),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((2,), jnp.float32),
+        jnp.zeros(() if leaves else 0, jnp.int32),
+        jnp.zeros((2 if leaves else 0,), jnp.float32),
     )
 
 
