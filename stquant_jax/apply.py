@@ -57,7 +57,7 @@ def apply_block(
       rate, decay: float32 scalars.
       bits: uint32, uniform; with them p, which is then bfloat16, is rounded stochastically.
     """
-    wide = p.astype(jnp.promote_types(p.dtype, jnp.float32))
+    wide = p.astype(p.dtype if jnp.finfo(p.dtype).bits > 32 else jnp.float32)
     # Where nothing decays, a parameter that is infinite stays so: 0 times infinity is not a number.
     new = wide + rate * (u + jnp.where(decay == 0, 0.0, decay * wide))
     return new.astype(p.dtype) if bits is None else stochastic(new, bits)

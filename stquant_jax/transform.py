@@ -113,7 +113,8 @@ def scale_by_adam_q(
 
     Returns:
       A gradient transformation whose state is a `ScaleByAdamQState`. Its ``init`` also accepts
-      ShapeDtypeStructs under `jax.eval_shape`.
+      ShapeDtypeStructs under `jax.eval_shape`. The state has no names: it goes with any tree whose
+      leaves need as many tiles, in the same order; `stquant.to_portable` keeps paths and shapes.
 
     Raises:
       ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it);

@@ -1,4 +1,4 @@
-"""A few random runs of few programs; `python -m benchmarks.fuzz` has as many as there is time for."""
+"""A few random runs of few programs; `python -m benchmarks.fuzz` has more of both."""
 
 import hypothesis
 from hypothesis.stateful import run_state_machine_as_test

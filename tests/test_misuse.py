@@ -240,3 +240,83 @@ def test_misuse(call, got, accepted):
         call()
     assert got in str(error.value), error.value
     assert accepted in str(error.value), error.value
+
+
+# --- no errors ---
+
+
+def test_state_of_numpy():
+    """As a checkpointer may restore it, outside of jit too."""
+    state = jax.device_get(STATE)
+    want, got = (TX.update(PARAMS, x) for x in (STATE, state))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+DTYPES = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16, jnp.bfloat16, jnp.float32]
+
+
+def test_leaves():
+    """Of any real floating dtype, scalars, empty ones, None: updates are like them, and finite."""
+    tile = common.gaussian({"tile": (128, 32)}, spread=0.1)["tile"] * 1e3
+    grads = {dtype.__name__: jnp.asarray(tile, dtype) for dtype in DTYPES}
+    grads |= {"scalar": jnp.float32(2), "numpy": np.float32(3), "empty": jnp.zeros((0, 5))}
+    updates, _ = TX.update(grads | {"none": None}, TX.init(grads | {"none": None}))
+    assert updates.pop("none") is None
+    for name, u in updates.items():
+        assert (u.shape, u.dtype) == (grads[name].shape, grads[name].dtype)
+        # The first step of Adam is a sign, up to what is lost by codes and dtypes.
+        g, u = (np.asarray(x, np.float32) for x in (grads[name], u))
+        assert np.all(np.abs(u) < 2) and np.all(u * g >= 0)
+    fused = stquant.adam(1e-3, precision=FIXED)
+    params, _ = stquant.fused_update(fused, grads, fused.init(grads), grads)
+    assert all(params[name].dtype == g.dtype for name, g in grads.items())
+
+
+def test_negative_zero():
+    grads = jax.tree.map(lambda x: -jnp.zeros_like(x), PARAMS)
+    updates, state = TX.update(grads, STATE)
+    assert not any(np.any(u) for u in updates.values())
+    assert not np.any(state.mu_scale) and not np.any(state.nu_scale)
+
+
+def test_last_count():
+    """It stays there, and updates go on."""
+    grads, state = common.gaussian(), common.init(common.zeros())
+    _, state = common.update(grads, state)
+    state = state._replace(count=jnp.int32(2**31 - 1))
+    for _ in range(2):
+        updates, state = common.update(grads, state, nesterov=False)
+        assert int(state.count) == 2**31 - 1
+        assert all(np.all(np.isfinite(u)) for u in updates.values())
+
+
+@pytest.mark.parametrize("mask", [None, {"bias": False, "tile": False}], ids=["decays", "masked"])
+def test_infinite_parameters(mask):
+    """They stay infinite where they do not decay, applied by `fused_update` or by Optax; where they
+    do, infinity less infinity is not a number."""
+    params = jax.tree.map(lambda x: x.at[..., :2].set(jnp.inf).at[..., 1].mul(-1), PARAMS)
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = stquant.adamw(1e-3, weight_decay=0.1, mask=mask, precision=FIXED)
+    got, _ = stquant.fused_update(tx, grads, tx.init(params), params)
+    want = optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+    for name, x in got.items():
+        np.testing.assert_allclose(x, want[name], 1e-6)
+        if mask:
+            np.testing.assert_array_equal(x[..., :2], params[name][..., :2])
+
+
+def test_rates():
+    """What is not finite shows: nothing is put in its place."""
+    tx = stquant.adam(float("nan"), precision=FIXED)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), tx.init(PARAMS))
+    assert all(np.all(np.isnan(u)) for u in updates.values())
+    assert np.all(np.isfinite(state[0].exact))
+
+
+def test_names_are_not_stored():
+    """A state goes with any tree of the same leaves in the same order; a portable one has paths."""
+    leaves = [PARAMS["bias"], PARAMS["tile"]]
+    updates, _ = TX.update(leaves, STATE)
+    assert [x.shape for x in updates] == [x.shape for x in leaves]
+    with pytest.raises(ValueError, match=r"\['0'\]\['checksum'\] is missing"):
+        stquant.from_portable(PORTABLE, leaves, FIXED)
