@@ -34,7 +34,8 @@ POLICIES: list[stquant.Policy] = [
     Fixed(2, 0),
     Fixed(5, 4),
 ]
-HYPER = [(0.9, 0.999, 1e-8), (0.8, 0.9, 0.0), (0.0, 0.99, 1e-3), (0.95, 0.95, 1e-8)]
+# An eps of 0 would make 0 / 0 of a group of zeros, here as in Optax.
+HYPER = [(0.9, 0.999, 1e-8), (0.8, 0.9, 1e-12), (0.0, 0.99, 1e-3), (0.95, 0.95, 1e-8)]
 SCALES = {"normal": 1e-3, "small": 1e-9, "tiny": 1e-24, "denormal": 1e-40, "large": 1e12}
 BAD = {"overflow": 1e30, "infinite": -np.inf, "not a number": np.nan}
 

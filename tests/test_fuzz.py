@@ -11,7 +11,7 @@ def test_fuzz():
         few = True
 
     settings = hypothesis.settings(
-        max_examples=25,
+        max_examples=10,
         stateful_step_count=12,
         phases=[hypothesis.Phase.generate],  # what fails is small already, and slow to shrink
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import stquant_jax as stquant
 from stquant_jax import Budget, Fixed, Sharding, Storage, STQuant
+from stquant_jax import quantize_state as quantize
 from stquant_jax import scale_by_adam_q as quantized
 from tests import common
 
@@ -22,6 +23,9 @@ ADAM = stquant.adam(1e-3, precision=FIXED)
 ADAMW = stquant.adamw(1e-3, precision=FIXED)
 OPTAX = optax.scale_by_adam().init(PARAMS)
 SOLO = stquant.scale_by_solo()
+LION = optax.lion(1e-3)
+QUANTIZED = quantize(optax.scale_by_adam(), Fixed(8, 8))
+HELD = QUANTIZED.init(PARAMS)
 PORTABLE = stquant.to_portable(STATE, PARAMS, FIXED)
 SHAPES = jax.eval_shape(lambda: PARAMS)
 STATE_SHAPES = jax.eval_shape(TX.init, PARAMS)
@@ -225,6 +229,27 @@ MISUSE = [
     (plan(P(("a", "b")), mesh=jax.make_mesh((3, 1), ("a", "b"))), "'bias'", "a divisor of 40"),
     (lambda: stquant.state_shardings(STATE, PARAMS, FIXED, sharding=P()), "=P", "Sharding"),
     (lambda: stquant.state_shardings(PARAMS, PARAMS), "state is dict", "ScaleByAdamQState"),
+    # quantize_state
+    (lambda: quantize(optax.lion), "tx=<function lion", "optax.GradientTransformation"),
+    (lambda: quantize(LION, 8.0), "precision=8.0", "stquant.Budget(5.0)"),
+    (lambda: quantize(LION, storage="xla"), "storage='xla'", "stquant.Storage"),
+    (lambda: quantize(LION, storage=Storage(backend="pallas_tpu")), "pallas_tpu", "'xla' or None"),
+    (lambda: quantize(LION, sharding=MESH), "sharding=Mesh", "stquant.Sharding"),
+    (lambda: quantize(LION, unsigned=None), "unsigned=None", "regular expression"),
+    (lambda: quantize(LION, unsigned=b"nu"), "unsigned=b'nu'", "regular expression"),
+    (lambda: quantize(LION, leafwise=1), "leafwise=1", "True or False"),
+    (lambda: quantize(LION, Budget(0.5)).init(PARAMS), "bits=0.5", "smallest budget"),
+    (lambda: quantize(LION, Fixed(pins={"x": 3})).init(PARAMS), "pins['x']", "'0.mu.tile'"),
+    (lambda: QUANTIZED.init({"w": 1.0}), "leaf 'w' is float", "expected an array"),
+    (lambda: QUANTIZED.update(PARAMS, STATE), "ScaleByAdamQState", "the QuantizedState"),
+    (lambda: QUANTIZED.update(PARAMS, OPTAX), "ScaleByAdamState", "the QuantizedState"),
+    (lambda: QUANTIZED.update(OTHER, HELD), "state.inner is another tree", "['kernel']"),
+    (lambda: QUANTIZED.update(SHAPES, HELD), "updates has ShapeDtypeStructs", "arrays"),
+    (lambda: QUANTIZED.update(PARAMS, HELD._replace(count=None)), "state.count", "int32[]"),
+    (lambda: QUANTIZED.update(PARAMS, HELD._replace(count=1.5)), "state.count", "int32[]"),
+    (lambda: QUANTIZED.update(PARAMS, cast(HELD, jnp.bfloat16)), "is bfloat16[]", "int32[]"),
+    (lambda: stquant.metrics(HELD), "state is QuantizedState", "ScaleByAdamQState"),
+    (lambda: stquant.lion(1e-3, precision=5.0), "precision=5.0", "stquant.Budget(5.0)"),
     # SOLO
     (lambda: stquant.scale_by_solo(sharding=MESH), "sharding=Mesh", "stquant.Sharding"),
     (lambda: SOLO.init({"w": 1.0}), "leaf 'w' is float", "expected an array"),
