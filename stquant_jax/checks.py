@@ -49,7 +49,7 @@ def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
                 f"{name}={known[name]} rounds to 1 in float32: expected a decay below 1"
             )
     for name in ("eps", "eps_root"):
-        if name in known and not (0 <= known[name] <= np.finfo(np.float32).max):
+        if name in known and not (0 <= known[name] <= float(np.finfo(np.float32).max)):
             raise ValueError(
                 f"{name}={known[name]}: expected a finite number of at least 0, in float32"
             )
