@@ -58,7 +58,8 @@ def apply_block(
       bits: uint32, uniform; with them p, which is then bfloat16, is rounded stochastically.
     """
     wide = p.astype(jnp.float32)
-    new = wide + rate * (u + decay * wide)
+    # Where nothing decays, a parameter that is infinite stays so: 0 times infinity is not a number.
+    new = wide + rate * (u + jnp.where(decay == 0, 0.0, decay * wide))
     return new.astype(p.dtype) if bits is None else stochastic(new, bits)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from stquant_jax.apply import Apply
-from stquant_jax.checks import is_state
+from stquant_jax.checks import check_arrays, check_mask, check_rate, is_state
 from stquant_jax.transform import ScaleByAdamQ
 
 
@@ -115,6 +115,10 @@ def fusable(
     Args:
       decay: arguments of `optax.add_decayed_weights`: a number or a schedule, and a mask.
     """
+    check_rate("learning_rate", learning_rate)
+    if decay is not None:
+        check_rate("weight_decay", decay[0])
+        check_mask(decay[1])
     scaling = optax.scale_by_learning_rate(learning_rate)
     decaying = [] if decay is None else [optax.add_decayed_weights(*decay)]
     tx = Fusable(*optax.chain(adam, *decaying, scaling))
@@ -164,6 +168,7 @@ def _check_params(params: Any, grads: Any, stochastic: bool) -> None:
     """Raise ValueError unless the parameters can be updated by these gradients."""
     if params is None:
         raise ValueError("params=None: expected the parameters, they are what is updated")
+    check_arrays(params, "params")
     if jax.tree.structure(params) != jax.tree.structure(grads):
         raise ValueError(
             f"params is a tree {_outline(params)}: expected that of grads, {_outline(grads)}"

@@ -174,11 +174,11 @@ class Holding:
             ) from None
         got = [_outline(x) for x in leaves]
         template = jax.tree_util.tree_leaves_with_path(self.treedef.unflatten(self.template))
-        names = [f"inner.{name_of(path)}" for path, _ in template] + list(Store._fields)
+        names = [f"inner.{name_of(path)}" for path, _ in template] + [*Store._fields, "count"]
         need = jax.eval_shape(self.shelves.empty)
         n = layout.devices
-        want += [f"{x.dtype}{[n * x.shape[0], *x.shape[1:]]}" for x in need]
-        got += [_outline(x) for x in state.store]
+        want += [*(f"{x.dtype}{[n * x.shape[0], *x.shape[1:]]}" for x in need), "int32[]"]
+        got += [*map(_outline, state.store), _outline(state.count)]
         for name, a, b in zip(names, got, want, strict=True):
             if a != b:
                 raise ValueError(

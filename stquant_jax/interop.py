@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
 from stquant_jax.checks import (
+    check_arrays,
     check_concrete,
+    check_count,
     check_moments,
     check_precision,
     check_state,
@@ -97,6 +99,7 @@ def from_optax(
     check_precision(precision, storage)
     old = find_the_one(state, _is_adam, "optax.ScaleByAdamState")
     check_concrete(old, "from_optax")
+    check_count(old.count)
     for name in ("mu", "nu"):
         check_moments(f"state.{name}", getattr(old, name), params)
     _check_signs(old.nu, params)
@@ -140,7 +143,11 @@ def to_optax(
       >>> updates, state = optax.adamw(1e-3).update(params, state, params)
     """
     check_precision(precision, storage)
+    dtype = jnp.float32 if mu_dtype is None else mu_dtype
+    if not _is_floating(dtype):
+        raise ValueError(f"mu_dtype={mu_dtype!r}: expected None or a real floating dtype")
     old = find_state(state)
+    check_arrays(old, "state")
     here = sharding_for(params, sharding)
     layout, mesh = layout_for(params, precision, storage, here), mesh_of(here)
     check_state(old, layout)
@@ -154,7 +161,7 @@ def to_optax(
         [(spec_of(leaf.axes),) * 2 for leaf in layout.exact],
     )
     moments = layout.merge(quantized, split(old.exact))
-    treedef, dtype = jax.tree.structure(params), jnp.float32 if mu_dtype is None else mu_dtype
+    treedef = jax.tree.structure(params)
     mu, nu = (whole_replicas([pair[i] for pair in moments], layout, here) for i in range(2))
     mu, nu = (treedef.unflatten(side) for side in ([x.astype(dtype) for x in mu], nu))
     return replaced(state, is_state, optax.ScaleByAdamState(old.count, mu, nu))
@@ -205,6 +212,13 @@ def _check_signs(nu: Any, params: Any) -> None:
             f"state.nu{paths[int(np.argmax(negative))]} has negative elements: expected second "
             "moments, which are sums of squares"
         )
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _is_adam(x: Any) -> bool:

@@ -103,8 +103,14 @@ class Report:
         if history is None:
             now = [width for leaf in self._quantized for width in (leaf.mu_width, leaf.nu_width)]
             history = [{"count": 0, "widths": now}]
-        counts = [int(entry["count"]) for entry in history]
-        widths = [np.asarray(entry["widths"]) for entry in history]
+        try:
+            counts = [int(entry["count"]) for entry in history]
+            widths = [np.asarray(entry["widths"]) for entry in history]
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"history is {type(history).__name__} ({error!r}): expected a list of what "
+                "stquant.metrics returned along a run"
+            ) from None
         sizes = {x.size for x in widths}
         if sizes != {len(self.slots)} or not self.slots:
             raise ValueError(

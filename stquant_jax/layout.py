@@ -13,6 +13,7 @@ All of it is static, computed from shapes at trace time; the state holds arrays 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -243,7 +244,7 @@ def layout_of(
       pinned_exact: of a leaf's path, whether it is to stay exact whatever its size.
 
     Raises:
-      ValueError: a leaf is not a real floating-point array; the message names its path.
+      ValueError: a leaf is not a real floating-point array; two have one path.
     """
     leaves = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -254,7 +255,7 @@ def layout_of(
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"leaf {name!r} has dtype {jnp.dtype(x.dtype).name}: expected a real floating "
+                f"leaf {name!r} has dtype {x.dtype}: expected a real floating "
                 "dtype; mask it out with optax.masked, or split complex parameters into real and "
                 "imaginary parts"
             )
@@ -262,6 +263,12 @@ def layout_of(
             leaves.append(Leaf(name, tuple(x.shape), x.dtype, "exact", "pinned"))
         else:
             leaves.append(leaf_of(name, tuple(x.shape), x.dtype, storage))
+    for name, times in Counter(leaf.path for leaf in leaves).items():
+        if times > 1:
+            raise ValueError(
+                f"leaf {name!r} is there {times} times: expected paths that differ when their keys "
+                "are joined by dots"
+            )
     return Layout(tuple(leaves))
 
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from stquant_jax import arena as rows
 from stquant_jax.checks import (
     check_concrete,
+    check_like,
     check_precision,
     check_state,
     find_state,
@@ -115,7 +116,8 @@ def from_portable(
     layout, mesh = layout_for(params, precision, storage, here), mesh_of(here)
     tx = scale_by_adam_q(precision=precision, storage=storage, sharding=here)
     new: Any = tx.init(params)
-    _check_like(given, _shapes(new, layout, mesh))
+    kind = "what was saved of these parameters, with the same policy, pins and storage"
+    check_like("portable", given, _shapes(new, layout, mesh), kind)
     _check_plan(given, layout, precision)
     return replaced(portable, _is_portable, _restored(given, new, layout, mesh))
 
@@ -206,30 +208,11 @@ def _find_portable(tree: Any) -> dict[str, Any]:
             f"portable is {type(tree).__name__}: expected what to_portable returned, or an "
             f"optimizer's state that holds one of it, not {len(found) or 'none'}"
         )
-    version = int(found[0][_MARK])
-    if version != VERSION:
+    check_concrete(found[0], "from_portable", "portable")
+    version = found[0][_MARK]
+    if np.ndim(version) or version != VERSION:
         raise ValueError(f"portable is of version {version}: expected {VERSION}")
     return found[0]
-
-
-def _check_like(given: dict[str, Any], want: dict[str, Any]) -> None:
-    """Raise ValueError at the first array that is missing, too many or of another shape."""
-
-    def described(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(np.shape(x))}"
-            for path, x in leaves
-        }
-
-    got, need = described(given), described(want)
-    for name in sorted(got.keys() | need.keys()):
-        if got.get(name) != need.get(name):
-            raise ValueError(
-                f"portable{name} is {got.get(name, 'missing')}: expected "
-                f"{need.get(name, 'nothing of that name')}; it was saved of these parameters, with "
-                "the same policy, pins and storage"
-            )
 
 
 def _check_plan(given: dict[str, Any], layout: Layout, precision: Policy) -> None:

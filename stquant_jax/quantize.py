@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stquant_jax.checks import check_precision, check_xla_only
+from stquant_jax.checks import check_arrays, check_precision, check_xla_only
 from stquant_jax.holding import Holding, QuantizedState, masked
 from stquant_jax.layout import Storage
 from stquant_jax.precision import Budget, Policy
@@ -114,6 +114,7 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuantizedState]:
+        check_arrays(updates, "updates")
         here = whereabouts.at_update(updates)
         held = holding(updates if params is None else params, here)
         leaves = held.leaves_of(state)
@@ -185,7 +186,7 @@ def _check_arguments(tx: Any, precision: Any, storage: Any, unsigned: Any, leafw
     check_precision(precision, storage)
     check_xla_only(storage, "the state of other transformations")
     try:
-        re.compile(unsigned)
+        re.search(unsigned, "")
     except (TypeError, re.error) as error:
         raise ValueError(
             f"unsigned={unsigned!r}: expected a regular expression ({error})"

@@ -41,18 +41,16 @@ class Sharding:
     def __post_init__(self):
         if not isinstance(self.mesh, (Mesh, AbstractMesh)):
             raise ValueError(f"Sharding(mesh={self.mesh!r}): expected a jax.sharding.Mesh")
-        unknown = set(self.zero_axes) - set(self.mesh.axis_names)
-        if unknown:
+        if not _are_axes(self.zero_axis or (), self.mesh):
             raise ValueError(
                 f"Sharding(zero_axis={self.zero_axis!r}): expected axes of the mesh, of "
-                f"{self.mesh.axis_names}"
+                f"{self.mesh.axis_names}, each once at most"
             )
         _ = self._by_path  # raises what is wrong with them
 
     @property
     def zero_axes(self) -> tuple[str, ...]:
-        names = self.zero_axis or ()
-        return (names,) if isinstance(names, str) else tuple(names)
+        return _names(self.zero_axis or ())
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -112,11 +110,8 @@ class Sharding:
                     f"Sharding(specs=...) has {type(spec).__name__} at {name or '(root)'!r}: "
                     "expected a PartitionSpec, a NamedSharding or None"
                 )
-            flat = [
-                n for entry in spec if entry for n in ([entry] if isinstance(entry, str) else entry)
-            ]
-            unknown = set(flat) - set(self.mesh.axis_names)
-            if unknown or len(set(flat)) < len(flat):
+            entries = [entry or () for entry in spec]
+            if not _are_axes(entries, self.mesh):
                 raise ValueError(
                     f"Sharding(specs=...) has {spec} at {name or '(root)'!r}: expected axes of the "
                     f"mesh, of {self.mesh.axis_names}, each once at most"
@@ -126,6 +121,17 @@ class Sharding:
 
 
 UNKNOWN = object()
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    """Of an entry of a spec: one name, or several."""
+    return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+
+
+def _are_axes(entries: Any, mesh: Any) -> bool:
+    """All names in them are axes of the mesh, and none comes twice."""
+    flat = [name for entry in _names(entries) for name in _names(entry)]
+    return len(set(flat)) == len(flat) and set(flat) <= set(mesh.axis_names)
 
 
 def sharding_of(tree: Any) -> Any:

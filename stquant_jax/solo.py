@@ -19,7 +19,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
-from stquant_jax.checks import check_hyperparameters, check_xla_only, is_placeholder
+from stquant_jax.checks import (
+    check_hyperparameters,
+    check_mask,
+    check_rate,
+    check_xla_only,
+    is_placeholder,
+)
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, narrowed, to_float, widened
@@ -212,6 +218,9 @@ def solo_adamw(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
+    check_mask(mask)
     return optax.chain(
         scale_by_solo(
             b1, b2, eps, bits=bits, quantile=quantile, storage=storage, sharding=sharding
@@ -243,10 +252,10 @@ def solo_momentum(bits: int, reference: float = 0.9, reference_bits: int = 8) ->
       [0.35, 0.211, 0.116]
     """
     for name, value in (("bits", bits), ("reference_bits", reference_bits)):
-        if value not in HALF_GAP:
+        if not isinstance(value, int) or value not in HALF_GAP:
             raise ValueError(f"{name}={value!r}: expected an integer from 2 to 8")
-    if not 0 <= reference < 1:
-        raise ValueError(f"reference={reference!r}: expected 0 <= reference < 1")
+    if not isinstance(reference, (int, float)) or not 0 <= reference < 1:
+        raise ValueError(f"reference={reference!r}: expected a number, 0 <= reference < 1")
     odds = reference / (1 - reference) * HALF_GAP[reference_bits] / HALF_GAP[bits]
     return odds / (1 + odds)
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stquant_jax.checks import find_state
+from stquant_jax.checks import check_arrays, find_state
 from stquant_jax.precision.statistics import distortion
 
 
@@ -38,6 +38,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       ValueError: the state holds no `ScaleByAdamQState`, or several.
     """
     state = find_state(state)
+    check_arrays(state, "state")
     plan, observed, _, memory = state.precision.renewed(state.count)
     sums = observed.sums
     told = {

@@ -19,7 +19,13 @@ from stquant_jax import arena as rows
 from stquant_jax import backends
 from stquant_jax.apply import Apply, apply_exact
 from stquant_jax.backends.repack import repack
-from stquant_jax.checks import check_hyperparameters, check_precision, check_rows, check_state
+from stquant_jax.checks import (
+    check_arrays,
+    check_hyperparameters,
+    check_policy,
+    check_precision,
+    check_state,
+)
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.numerics import isolated, narrowed, widened
@@ -107,7 +113,8 @@ def scale_by_adam_q(
 
     Returns:
       A gradient transformation whose state is a `ScaleByAdamQState`. Its ``init`` also accepts
-      ShapeDtypeStructs under `jax.eval_shape`.
+      ShapeDtypeStructs under `jax.eval_shape`. The state has no names: it goes with any tree whose
+      leaves need as many tiles, in the same order; `stquant.to_portable` keeps paths and shapes.
 
     Raises:
       ValueError: a hyperparameter out of range (also when it arrives in a dtype too coarse for it);
@@ -134,7 +141,9 @@ def scale_by_adam_q(
     """
     check_hyperparameters(b1, b2, eps, eps_root)
     check_precision(precision, storage)
-    rule = Adam(nesterov=bool(nesterov))
+    if not isinstance(nesterov, bool):
+        raise ValueError(f"nesterov={nesterov!r}: expected True or False")
+    rule = Adam(nesterov=nesterov)
     backend_step = backends.resolve(storage)
     whereabouts = Whereabouts(sharding)
 
@@ -150,9 +159,12 @@ def scale_by_adam_q(
     ) -> tuple[Any, ScaleByAdamQState]:
         here = whereabouts.at_update(grads)
         layout = layout_for(grads, precision, storage, here)
+        check_arrays(grads, "updates")
         leaves, treedef = jax.tree.flatten(narrowed(grads))
         check_state(state, layout)
-        check_rows(state, layout, capacity_for(layout, precision), precision)
+        slots, capacity = slots_for(layout, precision), capacity_for(layout, precision)
+        check_policy(state, layout, capacity, slots, precision)
+        leaves, state = jax.tree.map(jnp.asarray, (leaves, state))
         count = jnp.asarray(optax.safe_increment(state.count))
         scalars = rule.prepare(b1, b2, eps, eps_root, count)
 

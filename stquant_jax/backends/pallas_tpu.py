@@ -2,9 +2,12 @@
 next."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from pallas_kernels import tpu
 from stquant_jax import arena as rows
@@ -29,6 +32,24 @@ class Body:
         )
 
 
+# The identity, where a program is lowered for a TPU. What it is traced for is not known earlier.
+_on_tpu = Primitive("stquant_on_tpu")
+_on_tpu.def_abstract_eval(lambda x: x)
+_on_tpu.def_impl(jax.jit(_on_tpu.bind))
+mlir.register_lowering(_on_tpu, lambda _, x: [x], platform="tpu")
+
+
+def _refuse(context: Any, x: Any) -> Any:
+    platforms = ", ".join(context.module_context.platforms)
+    raise ValueError(
+        f"Storage(backend='pallas_tpu') cannot run on {platforms}: expected a TPU, or to be "
+        "compiled for one; backend=None or 'xla', or interpret=True to debug the kernels"
+    )
+
+
+mlir.register_lowering(_on_tpu, _refuse)
+
+
 def step(
     layout: Layout,
     storage: Storage,
@@ -43,6 +64,7 @@ def step(
     """As `stquant_jax.backends.xla.step`."""
     if not layout.quantized:
         return [], packed, no_sums()
+    count = count if storage.interpret else _on_tpu.bind(count)
     tables = tpu.Tables.of(
         layout,
         storage,

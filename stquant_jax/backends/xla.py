@@ -110,7 +110,9 @@ def step(
         return over_tiles(table.tiles[leaf], layout.tiles, partial(update_chunk, leaf), b)
 
     # Updates that are applied here stay in float32 until then, whatever the gradients' dtype.
-    dtype = jnp.result_type(*grads) if apply is None else jnp.float32
+    # Of several dtypes too: those of 8 bits are promoted to none.
+    dtypes = {g.dtype for g in grads} if apply is None else set()
+    dtype = dtypes.pop() if len(dtypes) == 1 else jnp.float32
     data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
     for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
         data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)

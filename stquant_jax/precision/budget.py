@@ -83,7 +83,8 @@ class Budget(Capacity):
         super().__post_init__()
         if not is_whole(self.warmup, 0):
             raise ValueError(
-                f"Budget(warmup={self.warmup!r}): expected a number of steps, 0 or more"
+                f"Budget(warmup={self.warmup!r}): expected a number of steps, 0 or more, below "
+                "2**31"
             )
         if not is_number(self.hysteresis) or not 0 <= self.hysteresis < 1:
             raise ValueError(

@@ -33,7 +33,8 @@ class Capacity(Policy):
             )
         if steps is not None and not is_whole(steps, 1):
             raise ValueError(
-                f"{name}(interval={steps!r}): expected a number of steps of at least 1, or None"
+                f"{name}(interval={steps!r}): expected a number of steps of at least 1, or None; "
+                "below 2**31"
             )
 
     def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:

@@ -176,7 +176,7 @@ class Fixed(Policy):
                 raise ValueError(
                     f"Fixed({name}={value!r}): expected an integer width from {low} to {WIDEST}"
                 )
-        if self.window is not None and self.window not in WINDOWS:
+        if self.window is not None and not (is_whole(self.window, 1) and self.window in WINDOWS):
             raise ValueError(f"Fixed(window={self.window!r}): expected None or one of {WINDOWS}")
 
     def rows(self, slots: Slots, fixed_bytes: int, reference_bytes: int) -> int:

@@ -3,7 +3,6 @@
 A slot is (leaf, moment); slots are ordered leaf by leaf, mu before nu.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,8 +66,8 @@ class Slots:
         return WIDEST - np.argmax(self.allowed[:, ::-1], axis=1)
 
 
-def is_whole(x: Any, least: int, most: float = math.inf) -> bool:
-    """An integer in a range; True and False are none."""
+def is_whole(x: Any, least: int, most: int = 2**31 - 1) -> bool:
+    """An integer in a range, of int32 at most; True and False are none."""
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 
@@ -78,28 +77,29 @@ def checked_pins(pins: Any) -> Pins:
     Raises:
       ValueError: not a mapping from a regular expression to a width, a pair of widths or "exact".
     """
-    items = pins.items() if isinstance(pins, Mapping) else pins
+    try:
+        items = [(p, value) for p, value in (pins.items() if isinstance(pins, Mapping) else pins)]
+        for pattern, _ in items:
+            re.search(pattern, "")
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(
+            f"pins={pins!r}: expected a mapping from regular expressions of leaf paths to widths "
+            f"({error})"
+        ) from None
     checked = []
-    for item in items:
-        try:
-            pattern, value = item
-            re.compile(pattern)
-        except (TypeError, ValueError, re.error) as error:
-            raise ValueError(
-                f"pins={pins!r}: expected a mapping from regular expressions of leaf paths to "
-                f"widths ({error})"
-            ) from None
+    for pattern, value in items:
         widths = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
         fits = [
             is_whole(w, low, WIDEST)
             for w, low in zip(widths, (MU_WIDTHS[0], NU_WIDTHS[0]), strict=True)
         ]
-        if value != EXACT and not all(fits):
+        exact = isinstance(value, str) and value == EXACT
+        if not exact and not all(fits):
             raise ValueError(
                 f"pins[{pattern!r}]={value!r}: expected a width from 2 to 8 for both moments, a "
                 "pair (mu from 2 to 8, nu from 0 to 8), or 'exact'"
             )
-        checked.append((pattern, EXACT if value == EXACT else widths))
+        checked.append((pattern, EXACT if exact else widths))
     return tuple(checked)
 
 

@@ -119,7 +119,8 @@ class STQuant(Capacity):
                 )
         if not is_whole(self.patience, 1):
             raise ValueError(
-                f"STQuant(patience={self.patience!r}): expected a number of decisions of at least 1"
+                f"STQuant(patience={self.patience!r}): expected a number of decisions of at least "
+                "1, below 2**31"
             )
         if not is_number(self.decay) or not 0 <= self.decay < 1:
             raise ValueError(f"STQuant(decay={self.decay!r}): expected a number from 0 to below 1")
