@@ -22,14 +22,7 @@ _MAX_RATIO = 2.0**8
 def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
     """Raise ValueError on a hyperparameter out of range, if its value is known when tracing."""
     for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)):
-        dtype = getattr(value, "dtype", None)
-        coarse = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-        if coarse and jnp.finfo(dtype).bits < 32:
-            raise ValueError(
-                f"{name} arrived as {jnp.dtype(dtype).name}, in which 0.999 rounds to 1: expected "
-                "float32 or a Python number; with optax.inject_hyperparams pass "
-                "hyperparam_dtype=jnp.float32"
-            )
+        check_fine(name, value)
         if getattr(value, "shape", ()) != ():
             raise ValueError(f"{name} has shape {value.shape}: expected a scalar")
         if not _is_real(value):
@@ -67,6 +60,18 @@ def check_hyperparameters(b1: Any, b2: Any, eps: Any, eps_root: Any) -> None:
                 f"{_MAX_RATIO:g}, the largest ratio of moments that the first moment's scale can "
                 "hold at step 1"
             )
+
+
+def check_fine(name: str, value: Any) -> None:
+    """Raise ValueError on a hyperparameter in a dtype in which 0.999 is 1."""
+    dtype = getattr(value, "dtype", None)
+    coarse = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if coarse and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} arrived as {jnp.dtype(dtype).name}, in which 0.999 rounds to 1: expected "
+            "float32 or a Python number; with optax.inject_hyperparams pass "
+            "hyperparam_dtype=jnp.float32"
+        )
 
 
 def _is_real(value: Any) -> bool:

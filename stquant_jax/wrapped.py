@@ -10,6 +10,7 @@ from typing import Any
 import optax
 from optax import contrib
 
+from stquant_jax.checks import check_fine
 from stquant_jax.layout import Storage
 from stquant_jax.precision import Budget, Policy
 from stquant_jax.quantize import UNSIGNED, quantize_state
@@ -28,7 +29,7 @@ Returns:
   A gradient transformation whose state is a `QuantizedState`. XLA only.
 
 Raises:
-  ValueError: as `quantize_state`{raises}.
+  ValueError: as `quantize_state`; a decay in a dtype too coarse for it{raises}.
 """
 
 
@@ -56,6 +57,8 @@ def _wrapped(
         **kwargs: Any,
     ) -> optax.GradientTransformationExtraArgs:
         given = signature.bind(*args, **kwargs).arguments
+        for argument in slow & given.keys():
+            check_fine(argument, given[argument])
         for argument, reason in refused.items():
             if given.get(argument):
                 raise ValueError(f"{argument}={given[argument]!r}: expected False, {reason}")
@@ -63,6 +66,12 @@ def _wrapped(
         return quantize_state(tx, precision, storage, sharding, unsigned=unsigned, leafwise=True)
 
     signature = inspect.signature(make)
+    # Decays that would be 1 in bfloat16.
+    slow = {
+        name
+        for name, x in signature.parameters.items()
+        if isinstance(x.default, float) and 1 - 2**-9 <= x.default < 1
+    }
     own = [
         x
         for x in inspect.signature(wrapped).parameters.values()
