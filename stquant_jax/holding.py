@@ -174,11 +174,11 @@ class Holding:
             ) from None
         got = [_outline(x) for x in leaves]
         template = jax.tree_util.tree_leaves_with_path(self.treedef.unflatten(self.template))
-        names = [f"inner.{name_of(path)}" for path, _ in template] + [*Store._fields, "count"]
+        names = [f"inner.{name_of(path)}" for path, _ in template] + [*Store._fields, "steps"]
         need = jax.eval_shape(self.shelves.empty)
         n = layout.devices
         want += [*(f"{x.dtype}{[n * x.shape[0], *x.shape[1:]]}" for x in need), "int32[]"]
-        got += [*map(_outline, state.store), _outline(state.count)]
+        got += [*map(_outline, state.store), _outline(state.steps)]
         for name, a, b in zip(names, got, want, strict=True):
             if a != b:
                 raise ValueError(
