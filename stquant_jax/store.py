@@ -118,7 +118,9 @@ def decode(slot: Slot, store: Store) -> jax.Array:
             x = decode_signed(codes, scale, valid, levels(jnp.int32(slot.width)))
         return put(data, x, tile)
 
-    blank = jnp.zeros((leaf.tiles, GROUP, LANES), jnp.float32)
+    # A zero that has to wait for the store: of a constant XLA makes all slots' buffers at once.
+    zero = store.scale[0, 0].astype(jnp.float32) * 0.0
+    blank = jnp.full((leaf.tiles, GROUP, LANES), zero)
     return from_tiles(over_leaf(leaf, body, blank), leaf)
 
 

@@ -174,21 +174,21 @@ def test_leafwise_is_checked():
 
 def test_state_of_another_plan():
     """An error where it can be read, NaN where it is traced: never other numbers."""
-    small = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))}
-    one = stquant.quantize_state(optax.trace(0.9), Fixed(8, 8, pins={"a": 4, "b": 6}))
-    two = stquant.quantize_state(optax.trace(0.9), Fixed(8, 8, pins={"a": 6, "b": 4}))
+    small = {"x": jnp.zeros((64, 64)), "y": jnp.zeros((64, 64))}
+    one = stquant.quantize_state(optax.trace(0.9), Fixed(8, 8, pins={"x": 4, "y": 6}))
+    two = stquant.quantize_state(optax.trace(0.9), Fixed(8, 8, pins={"x": 6, "y": 4}))
     _, state = one.update(jax.tree.map(jnp.ones_like, small), one.init(small))
     with pytest.raises(ValueError, match="fingerprint"):
         two.update(small, state)
     updates, _ = jax.jit(two.update)(small, state)
-    assert np.isnan(updates["a"]).all() and np.isnan(updates["b"]).all()
+    assert np.isnan(updates["x"]).all() and np.isnan(updates["y"]).all()
     with pytest.raises(ValueError, match=r"state.arena is uint32\[\d+, 128\], but"):
         stquant.quantize_state(optax.trace(0.9), Fixed(8, 8)).update(small, state)
 
 
 def test_pins_are_found_in_the_states_paths():
     tx = stquant.quantize_state(
-        optax.adam(1e-3), Fixed(8, 8, pins={r"\.nu\..*tile": "exact", "embed": (3, 0)})
+        optax.adam(1e-3), Fixed(8, 8, pins={r"\.nu\..*tile": "exact", "ragged": (3, 0)})
     )
     inner = tx.init(PARAMS).inner[0]
     assert isinstance(inner.nu["tile"], jax.Array)
@@ -209,7 +209,7 @@ def test_peak_memory_of_one_parameter_at_a_time():
 
     one, every = temporaries(True), temporaries(False)
     leaf = 4 * 512 * 512
-    assert one < 4 * leaf and one < every
+    assert one < 2 * leaf < every
 
 
 def test_refusals():
