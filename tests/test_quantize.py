@@ -1,5 +1,6 @@
 """`quantize_state` and the aliases made of it."""
 
+import re
 from functools import partial
 
 import chex
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import stquant_jax as stquant
@@ -218,3 +221,25 @@ def test_refusals():
     for leaf in (jnp.zeros((64, 64), jnp.complex64), jnp.zeros((64, 64), jnp.int32)):
         with pytest.raises(ValueError, match="leaf 'x' has dtype"):
             stquant.lion(1e-3).init({"x": leaf})
+
+
+def test_on_a_mesh():
+    """Moments lie where their parameters do, nothing travels, bits are those of one device."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"wide": P("b", "a"), "bias": P("a")}
+    grads = common.gaussian({"wide": (256, 512), "bias": (64,)}, spread=0.3)
+    divided = {
+        name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in grads.items()
+    }
+    options = {"momentum": 0.9, "precision": Fixed(5, 5)}
+    alone, state = run(stquant.sgd(1e-2, **options), 3, grads, [grads])
+    sharding = stquant.Sharding(mesh, specs)
+    tx = stquant.sgd(1e-2, **options, sharding=sharding)
+    there, divided_state = run(tx, 3, divided, [divided])
+    chex.assert_trees_all_equal(jax.device_get(there), jax.device_get(alone))
+    assert divided_state.store.arena.sharding.spec[0] == ("a", "b")
+    assert divided_state.store.arena.shape == state.store.arena.shape
+    text = jax.jit(tx.update).lower(divided, divided_state, divided).compile().as_text()
+    assert not re.search("all-reduce|all-gather|all-to-all|reduce-scatter|permute", text)
+    with pytest.raises(ValueError, match="zero_axis='a'"):
+        stquant.sgd(1e-2, 0.9, sharding=stquant.Sharding(mesh, P(), "a"))

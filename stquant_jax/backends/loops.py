@@ -50,15 +50,18 @@ def holder(always: jax.Array) -> Hold:
 
 
 def over_tiles(
-    tiles: jax.Array, most: int, body: Callable[[int, jax.Array, Any], Any], carry: Any
+    tiles: jax.Array, layout: Layout, body: Callable[[int, jax.Array, Any], Any], carry: Any
 ) -> Any:
-    """``body(size, first tile, carry)`` over ``tiles`` tiles (traced) in chunks, then one by one.
+    """``body(size, first tile, carry)`` over ``tiles`` tiles (traced), those of one of the layout's
+    leaves or none, in chunks, then one by one.
 
-    ``most`` is the number of tiles there are in all: a loop that never runs is traced all the same.
+    Where chunks leave no rest of any leaf, there is one body to compile.
     """
-    chunk = min(CHUNK, most)
+    chunk = min(CHUNK, layout.tiles)
     whole = tiles // chunk
     carry = lax.fori_loop(0, whole, lambda i, c: body(chunk, i * chunk, c), carry)
+    if all(leaf.tiles % chunk == 0 for leaf in layout.quantized):
+        return carry
     return lax.fori_loop(whole * chunk, tiles, lambda i, c: body(1, i, c), carry)
 
 

@@ -103,7 +103,7 @@ def _shrink(
     def shrink_leaf(leaf, packed):
         for slot, moment in ((2 * leaf, first_moment), (2 * leaf + 1, second_moment)):
             trips = jnp.where(changed[slot], table.tiles[leaf], 0)
-            packed = over_tiles(trips, layout.tiles, partial(moment, leaf), packed)
+            packed = over_tiles(trips, layout, partial(moment, leaf), packed)
         return packed
 
     return lax.fori_loop(0, len(layout.quantized), shrink_leaf, packed)
@@ -158,6 +158,6 @@ def _grow(
 
     def grow_slot(slot, arena):
         trips = jnp.where(new[slot] > narrow[slot], tiles[slot], 0)
-        return over_tiles(trips, layout.tiles, body(slot), arena)
+        return over_tiles(trips, layout, body(slot), arena)
 
     return lax.fori_loop(0, slots, grow_slot, arena)

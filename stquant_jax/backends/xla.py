@@ -107,7 +107,7 @@ def step(
         )
 
     def update_leaf(leaf: jax.Array, b: Buffers) -> Buffers:
-        return over_tiles(table.tiles[leaf], layout.tiles, partial(update_chunk, leaf), b)
+        return over_tiles(table.tiles[leaf], layout, partial(update_chunk, leaf), b)
 
     # Updates that are applied here stay in float32 until then, whatever the gradients' dtype.
     # Of several dtypes too: those of 8 bits are promoted to none.
