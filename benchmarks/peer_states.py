@@ -138,57 +138,6 @@ def array(x: torch.Tensor) -> np.ndarray:
 
 
 def main():
-    import bitsandbytes.functional as bnb
-
-    x = state[f"state{k + 1}"]
-    if x.dtype is torch.float32:
-        return x
-    absmax, qmap = state[f"absmax{k + 1}"], state[f"qmap{k + 1}"]
-    return bnb.dequantize_blockwise(x, absmax=absmax, code=qmap, blocksize=256)
-
-
-def read_torchao(state, k):
-    x = state[("exp_avg", "exp_avg_sq")[k]]
-    return x.dequantize() if hasattr(x, "dequantize") else x
-
-
-def read_flashoptim(state, k):
-    return state[("exp_avg", "exp_avg_sq")[k]].materialize()
-
-
-def flashoptim_on_cpu(params, **options):
-    """`FlashAdamW` whose codecs run in Triton's interpreter."""
-    from flashoptim import optimizers as flash
-
-    def set_data(self, data):
-        how = {"signed": self._signed, "sqrt": self._sqrt, "softsign": self._softsign}
-        self._data = None
-        self._quantized, self._scales = flash.quantize(data, **how)
-
-    for kernel in (flash._triton_quantize_kernel, flash._triton_dequantize_kernel):
-        kernel.configs = kernel.configs[:1]  # the interpreter cannot tell which one is faster
-    flash._get_sm_count = lambda device=None: 1
-    flash._MaybeQuantizedTensor.set_data = set_data
-    with mock.patch("torch.cuda.is_available", lambda: True):
-        return flash.FlashAdamW(params, fused=False, master_weight_bits=None, **options)
-
-
-def updates(model, optimizer) -> dict[str, np.ndarray]:
-    """Of one more step, at a learning rate of 1."""
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(1.0) if torch.is_tensor(group["lr"]) else 1.0
-    optimizer.step()
-    return {name: array(p - before[name]) for name, p in model.named_parameters()}
-
-
-def array(x: torch.Tensor) -> np.ndarray:
-    return x.detach().float().numpy().copy()  # the next step overwrites it
-
-
-def main():
-    about = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=about).parse_args()
     import bitsandbytes as bnb
     import torchao.optim as ao
 
