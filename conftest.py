@@ -5,10 +5,13 @@ in one namespace.
 """
 
 import doctest
+import gc
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
+import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -24,6 +27,20 @@ jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_num_cpu_devices", 8)
 # libtpu, where it is installed to compile for TPUs, is loaded by each process of pytest-xdist.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+# A process may have 65,530 mappings of memory on Linux, and every compiled program takes some.
+MAPPINGS = Path("/proc/self/maps")
+MANY = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Programs of a module are dropped after it, if there are many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+        gc.collect()
+
 
 collect_ignore = ["docs/conf.py"]  # for Sphinx alone
 pytest_collect_file = Sybil(

@@ -172,7 +172,7 @@ def wrapped() -> str:
                 name,
                 *(" / ".join(f"{x:.4f}" for x in losses[kind]) for kind in losses),
                 f"{sum(b - a for a, b in pairs) / len(pairs):+.4f}",
-                f"{noise:.4f}",
+                f"{noise:.4f}" if len(losses["optax"]) > 1 else "",
                 f"{32 * ours / theirs:.2f}",
             ]
         )
