@@ -23,6 +23,7 @@ CAPABILITIES = {
     "vmap": "`vmap`",
     "donation": "donation",
     "abstract": "`eval_shape`",
+    "empty": "leaves without elements",
     "wrappers": "Optax's `chain`, `MultiSteps`, `apply_if_finite`, `masked`, `partition`, "
     "`lookahead`, `contrib.schedule_free`, `contrib.mechanize`, `contrib.reduce_on_plateau`",
     "inject": "`inject_hyperparams` in float32",
@@ -102,7 +103,8 @@ ANY = {
     "to_optax": "expected the ScaleByAdamQState",
     "portable": "expected the ScaleByAdamQState",
 }
-MUON = "Contracting dimensions are sharded"  # Optax's own, on Explicit axes
+# Optax's own limits.
+MUON = {"explicit": "Contracting dimensions are sharded", "empty": "division by zero"}
 SOLO = ANY | ADAM | {"budget": "unexpected keyword argument 'precision'"}
 WIDE = {"precision": stquant.Fixed(8, 8)}
 FOUR = {"bits": (4, 4)}
@@ -136,7 +138,7 @@ CASES = (
     Case("scale_by_lion_q", stquant.scale_by_lion_q, optax.scale_by_lion, ours=WIDE,
          direction=True, error=0.2, limits=ANY),
     Case("muon", stquant.muon, optax.contrib.muon, ours=WIDE, static=("ns_steps",),
-         limits=ANY | ADAM | {"explicit": MUON}),
+         limits=ANY | ADAM | MUON),
     Case("rmsprop", stquant.rmsprop, optax.rmsprop, ours=WIDE, limits=ANY),
     Case("scale_by_rms_q", stquant.scale_by_rms_q, optax.scale_by_rms, ours=WIDE, direction=True,
          limits=ANY),
