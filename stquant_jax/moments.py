@@ -100,6 +100,7 @@ def encode_leaf(
 def decode_leaf(leaf: Leaf, slots: Slots, packed: rows.Packed) -> tuple[jax.Array, jax.Array]:
     """Its mu and nu, float32[*shape]. Arguments as for `encode_leaf`."""
     lev, lat = _numbers(slots)
+    ops = Ops(holder(slots.plan.widths[0] >= 0))  # as a step: parts of a leaf fuse as the whole
 
     def decode(size: int, tile: jax.Array, data: tuple) -> tuple:
         at = slots.tile + tile
@@ -114,8 +115,8 @@ def decode_leaf(leaf: Leaf, slots: Slots, packed: rows.Packed) -> tuple[jax.Arra
         row = lax.dynamic_slice_in_dim(packed.nu_row, at * GROUP, size * GROUP)
         row = to_float(row.reshape(size, GROUP, 1).astype(jnp.uint32))
         _, valid = Place.of(leaf).of_tiles(tile, size, leaf.ragged)
-        second = decode_second(nu_codes, nu_scale, row, valid, lat)
-        mu = decode_first(mu_codes, mu_scale, second.sigma, lev)
+        second = decode_second(nu_codes, nu_scale, row, valid, lat, ops)
+        mu = decode_first(mu_codes, mu_scale, second.sigma, lev, ops)
         return put(data[0], mu, tile), put(data[1], second.v, tile)
 
     blank = jnp.zeros((leaf.tiles, GROUP, LANES), jnp.float32)

@@ -126,7 +126,6 @@ MISUSE = [
     (lambda: TX.init(jax.random.key(0)), "dtype key<fry>", "real floating"),
     (lambda: TX.init([jnp.zeros(4, jnp.int4)]), "dtype int4", "real floating"),
     (lambda: TX.init({"a.b": PARAMS, "a": {"b": PARAMS}}), "'a.b.bias' is there 2", "that differ"),
-    (lambda: quantized().init({}), "bits=5.0", "smallest budget"),
     (lambda: stquant.plan(ADAM, FIXED), "leaf 'init' is function", "expected an array"),
     # update: gradients
     (lambda: TX.update(STATE, PARAMS), "leaf 'count' has dtype int32", "real floating"),
@@ -245,8 +244,8 @@ MISUSE = [
     (lambda: QUANTIZED.update(PARAMS, OPTAX), "ScaleByAdamState", "the QuantizedState"),
     (lambda: QUANTIZED.update(OTHER, HELD), "state.inner is another tree", "['kernel']"),
     (lambda: QUANTIZED.update(SHAPES, HELD), "updates has ShapeDtypeStructs", "arrays"),
-    (lambda: QUANTIZED.update(PARAMS, HELD._replace(count=None)), "state.count", "int32[]"),
-    (lambda: QUANTIZED.update(PARAMS, HELD._replace(count=1.5)), "state.count", "int32[]"),
+    (lambda: QUANTIZED.update(PARAMS, HELD._replace(steps=None)), "state.steps", "int32[]"),
+    (lambda: QUANTIZED.update(PARAMS, HELD._replace(steps=1.5)), "state.steps", "int32[]"),
     (lambda: QUANTIZED.update(PARAMS, cast(HELD, jnp.bfloat16)), "is bfloat16[]", "int32[]"),
     (lambda: stquant.metrics(HELD), "state is QuantizedState", "ScaleByAdamQState"),
     (lambda: stquant.lion(1e-3, precision=5.0), "precision=5.0", "stquant.Budget(5.0)"),
@@ -295,6 +294,13 @@ def test_leaves():
     fused = stquant.adam(1e-3, precision=FIXED)
     params, _ = stquant.fused_update(fused, grads, fused.init(grads), grads)
     assert all(params[name].dtype == g.dtype for name, g in grads.items())
+
+
+@pytest.mark.parametrize("precision", [Budget(), STQuant(), FIXED], ids=lambda x: type(x).__name__)
+def test_no_leaves(precision):
+    tx = quantized(precision=precision)
+    updates, state = tx.update({}, tx.init({}))
+    assert updates == {} and int(state.count) == 1
 
 
 def test_negative_zero():

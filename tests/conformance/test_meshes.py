@@ -1,12 +1,14 @@
 """Explicit mesh axes: arrays tell how they are divided, in their types. By tracing alone."""
 
+from importlib.metadata import version
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.conformance.shared import can
+from tests.conformance.shared import EXACT, can
 
 SPECS = {"bias": P(), "kernel": P(None, "x"), "stack": P(None, "x")}
 
@@ -46,6 +48,9 @@ def test_init(case, storage, mesh):
 def test_update(case, storage, mesh):
     """The state's sharding is that of init, the updates' that of the gradients; a step may be left
     out."""
+    old = tuple(map(int, version("optax").split(".")[:3])) < (0, 2, 8)
+    if case.name == "adafactor" and storage is EXACT and old:
+        pytest.skip("this Optax makes adafactor's state undivided")
     tx, model = case.optimizer(storage), params(mesh)
 
     def maybe(skip, model, state):
