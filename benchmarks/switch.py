@@ -63,8 +63,7 @@ class Training:
     def chunk(self, name: str, carry: Any, keys: jax.Array, text: jax.Array) -> Any:
         def step(carry, key):
             params, state = carry
-            starts = jax.random.randint(key, (self.cfg.batch,), 0, text.size - self.cfg.length)
-            batch = train_gpt.windows(text, starts, self.cfg.length)
+            batch = train_gpt.sample(self.cfg, text, key)
             loss = functools.partial(train_gpt.loss_of, self.graph)
             loss, grads = jax.value_and_grad(loss)(params, batch)
             updates, state = self.optimizers[name].update(grads, state, params)
@@ -96,10 +95,9 @@ class Training:
         return (params, state), time.perf_counter() - begin
 
     def validate(self, params: Any) -> float:
-        length, count = self.cfg.length, train_gpt.VALIDATION
-        starts = np.linspace(0, self.held_out.size - length - 1, count).astype(int)
-        valid = train_gpt.windows(self.held_out, starts, length)
-        return float(jax.jit(functools.partial(train_gpt.loss_of, self.graph))(params, valid))
+        valid = train_gpt.validation(self.cfg, self.held_out)
+        validate = functools.partial(train_gpt.validate, self.cfg, self.graph)
+        return float(jax.jit(validate)(params, valid))
 
 
 def save_plot(file: Path, record: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@
 
 Takes about three minutes on two cores. Expect a validation loss near 1.70 nats per byte and states
 of 0.156 (5/32) and 0.109 (3.5/32) the bytes. `--seeds 3` adds fp32 runs: the noise between seeds.
-`train_gpt_widths.png` shows how the narrowest run moved its bits between layers.
+`train_gpt_widths.png` shows how the narrowest run moved its bits between layers. `--preset gpt2`
+is GPT-2 small, for a GPU; `--words 50257` reads words, not bytes, by `pip install tokenizers`.
 
 The text is the standard library of the Python that runs this file, so nothing is downloaded. All
 runs start from the same weights and see the same bytes; only the optimizer differs.
@@ -65,8 +66,19 @@ class Config:
     layers: int = flag(5, "transformer blocks")
     features: int = flag(128, "width of the residual stream")
     heads: int = flag(4, "attention heads")
+    words: int = flag(256, "vocabulary: bytes, or pairs of them merged by `tokenizers`")
+    dtype: str = flag("float32", "of the arithmetic", choices=("float32", "bfloat16"))
     seed: int = flag(0, "seed of the weights and of the order of the data")
     seeds: int = flag(1, "fp32 runs, each from its own seed, to show the noise between seeds")
+
+
+# What --preset changes. GPT-2 small, for a GPU: 86 million parameters with bytes, 163 with 50257
+# words, as the head has a matrix of its own here.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "gpt2": {"layers": 12, "features": 768, "heads": 12, "length": 1024, "batch": 16}
+    | {"dtype": "bfloat16", "lr": 6e-4, "steps": 3000, "interval": 100},
+}
 
 
 # --- data: the standard library, byte by byte ---
@@ -92,6 +104,25 @@ def load_corpus(root: Path) -> tuple[np.ndarray, np.ndarray]:
     return train, valid
 
 
+def in_words(corpus: tuple[np.ndarray, np.ndarray], words: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes as they are; or the words of a byte-pair encoding that is made of the first part."""
+    if words == 256:
+        return corpus
+    try:
+        from tokenizers import ByteLevelBPETokenizer  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise SystemExit(f"--words {words} needs `pip install tokenizers`: {error}") from error
+    texts = [part.tobytes().decode("utf-8", "replace") for part in corpus]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[0].splitlines(keepends=True), vocab_size=words)
+    if tokenizer.get_vocab_size() != words:
+        raise SystemExit(f"--words {words}: the text gives {tokenizer.get_vocab_size()}")
+    kind = np.uint16 if words <= 2**16 else np.int32
+    lines = (tokenizer.encode_batch(text.splitlines(keepends=True)) for text in texts)
+    train, valid = (np.concatenate([np.array(line.ids, kind) for line in part]) for part in lines)
+    return train, valid
+
+
 # --- model: GPT-2 with rotary positions ---
 
 
@@ -101,20 +132,22 @@ def rotate(x: jax.Array) -> jax.Array:
     angles = jnp.arange(x.shape[1])[:, None, None] * speeds
     a, b = jnp.split(x, 2, axis=3)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=3).astype(x.dtype)
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         d = cfg.features
         small = nnx.initializers.normal(0.02 / (2 * cfg.layers) ** 0.5)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=cfg.dtype, rngs=rngs)
+        norm = functools.partial(nnx.LayerNorm, use_bias=False, dtype=cfg.dtype, rngs=rngs)
         self.heads = cfg.heads
-        self.norm1 = nnx.LayerNorm(d, use_bias=False, rngs=rngs)
-        self.qkv = nnx.Linear(d, 3 * d, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(d, d, use_bias=False, kernel_init=small, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(d, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(d, 4 * d, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(4 * d, d, use_bias=False, kernel_init=small, rngs=rngs)
+        self.norm1 = norm(d)
+        self.qkv = linear(d, 3 * d)
+        self.out = linear(d, d, kernel_init=small)
+        self.norm2 = norm(d)
+        self.up = linear(d, 4 * d)
+        self.down = linear(4 * d, d, kernel_init=small)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, d = x.shape
@@ -127,10 +160,10 @@ class Block(nnx.Module):
 
 class GPT(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        self.tokens = nnx.Embed(256, cfg.features, rngs=rngs)
+        self.tokens = nnx.Embed(cfg.words, cfg.features, dtype=cfg.dtype, rngs=rngs)
         self.blocks = nnx.List([Block(cfg, rngs) for _ in range(cfg.layers)])
-        self.norm = nnx.LayerNorm(cfg.features, use_bias=False, rngs=rngs)
-        self.head = nnx.Linear(cfg.features, 256, use_bias=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(cfg.features, use_bias=False, dtype=cfg.dtype, rngs=rngs)
+        self.head = nnx.Linear(cfg.features, cfg.words, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.tokens(tokens)
@@ -153,6 +186,24 @@ VALIDATION = 512  # sequences
 
 def windows(text: np.ndarray | jax.Array, starts: Any, length: int) -> Any:
     return text[starts[:, None] + np.arange(length + 1)]
+
+
+def sample(cfg: Config, text: jax.Array, key: jax.Array) -> jax.Array:
+    """A batch to train on, [batch, length + 1]."""
+    starts = jax.random.randint(key, (cfg.batch,), 0, text.size - cfg.length)
+    return windows(text, starts, cfg.length)
+
+
+def validation(cfg: Config, held_out: np.ndarray) -> np.ndarray:
+    """The same windows for every run, spread over all of the text."""
+    starts = np.linspace(0, held_out.size - cfg.length - 1, VALIDATION).astype(int)
+    return windows(held_out, starts, cfg.length)
+
+
+def validate(cfg: Config, graph: nnx.GraphDef, params: nnx.State, valid: jax.Array) -> jax.Array:
+    """Mean loss of many sequences, as many at a time as in training."""
+    parts = valid.reshape(-1, math.gcd(len(valid), cfg.batch), *valid.shape[1:])
+    return jax.lax.map(functools.partial(loss_of, graph, params), parts).mean()
 
 
 def policy_for(cfg: Config, bits: float) -> stquant.Policy:
@@ -181,8 +232,7 @@ def train(
 
     def step(carry, key, text):
         params, opt_state = carry
-        starts = jax.random.randint(key, (cfg.batch,), 0, text.size - cfg.length)
-        batch = windows(text, starts, cfg.length)
+        batch = sample(cfg, text, key)
         loss, grads = jax.value_and_grad(functools.partial(loss_of, graph))(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
@@ -207,10 +257,9 @@ def train(
             bar.update(chunk)
     params, opt_state = carry
 
-    starts = np.linspace(0, held_out.size - cfg.length - 1, VALIDATION).astype(int)
-    valid = windows(held_out, starts, cfg.length)
+    valid = validation(cfg, held_out)
     run = {
-        "val_loss": float(jax.jit(functools.partial(loss_of, graph))(params, valid)),
+        "val_loss": float(jax.jit(functools.partial(validate, cfg, graph))(params, valid)),
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
         "params": sum(x.size for x in jax.tree.leaves(params)),
         "seconds_per_step": statistics.median(seconds[1:] or seconds),  # the first one compiles
@@ -259,14 +308,14 @@ def show_noise(runs: dict[str, dict[str, Any]], by_seed: list[float]) -> None:
             print(f"{name}: {verdict} than the mean difference of two fp32 seeds, {noise:.4f}")
 
 
-def save_plot(file: Path, runs: dict[str, dict[str, Any]]) -> None:
+def save_plot(file: Path, runs: dict[str, dict[str, Any]], unit: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, run in runs.items():
         span = max(1, len(run["loss"]) // 20)  # running mean
         smooth = np.convolve(run["loss"], np.full(span, 1 / span), "valid")
         axes.plot(np.arange(span, span + smooth.size), smooth, label=name, alpha=0.8)
-    axes.set(xlabel="step", ylabel="training loss, nats per byte")
+    axes.set(xlabel="step", ylabel=f"training loss, nats per {unit}")
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
@@ -284,10 +333,13 @@ def parse() -> tuple[Config, Path, Path, Path | None]:
         kind = {} if "action" in field.metadata else kind
         parser.add_argument(name, default=default, **kind, **field.metadata)
     plot, heatmap = Path("train_gpt.png"), Path("train_gpt_widths.png")
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="other defaults")
     parser.add_argument("--plot", type=Path, default=plot, help="file for all loss curves")
     parser.add_argument("--heatmap", type=Path, default=heatmap, help="for the narrowest's widths")
     parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.set_defaults(**PRESETS[parser.parse_known_args()[0].preset])
     flags = vars(parser.parse_args())
+    del flags["preset"]
     files = [flags.pop(name) for name in ("plot", "heatmap", "json")]
     return Config(**flags), *files
 
@@ -297,6 +349,7 @@ def main() -> None:
     corpus = load_corpus(Path(sysconfig.get_path("stdlib")))
     about = {"python": platform.python_version(), "corpus_bytes": sum(map(len, corpus))}
     print(f"standard library of Python {about['python']}: {about['corpus_bytes']:,} bytes")
+    corpus = in_words(corpus, cfg.words)
 
     runs = {"optax.adamw": train(cfg, "optax.adamw", corpus, cfg.seed)}
     for bits in cfg.bits:
@@ -314,7 +367,7 @@ def main() -> None:
     show_table(cfg, runs)
     if cfg.seeds > 1:
         show_noise(runs, by_seed)
-    save_plot(plot_file, runs)
+    save_plot(plot_file, runs, "byte" if cfg.words == 256 else "word")
     print(f"loss curves: {plot_file}, widths of the narrowest: {heatmap_file}")
     if json_file:
         about |= {"config": dataclasses.asdict(cfg), "val_loss_by_seed": by_seed}
