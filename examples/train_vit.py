@@ -158,10 +158,9 @@ def check(cfg: Config, shape: tuple[int, ...]) -> None:
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d = cfg.features
-        small = nnx.initializers.normal(0.02 / (2 * cfg.layers) ** 0.5)
-        self.heads = cfg.heads
+    def __init__(self, d: int, heads: int, layers: int, rngs: nnx.Rngs):
+        small = nnx.initializers.normal(0.02 / (2 * layers) ** 0.5)
+        self.heads = heads
         self.norm1 = nnx.LayerNorm(d, use_bias=False, rngs=rngs)
         self.qkv = nnx.Linear(d, 3 * d, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(d, d, use_bias=False, kernel_init=small, rngs=rngs)
@@ -177,6 +176,24 @@ class Block(nnx.Module):
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
 
+class Patches(nnx.Module):
+    """Images -> a vector of each patch: [batch, height / patch * width / patch, features]."""
+
+    def __init__(self, patch: int, channels: int, features: int, rngs: nnx.Rngs):
+        self.patch = patch
+        self.linear = nnx.Linear(patch**2 * channels, features, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        p, rows, columns = self.patch, height // self.patch, width // self.patch
+        x = images.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        x = self.linear(x.reshape(batch, rows, columns, -1))
+        down, right = jnp.split(x, 2, axis=3)  # half of the features tell the row
+        half = down.shape[3]
+        down, right = down + waves(rows, half)[:, None], right + waves(columns, half)
+        return jnp.concatenate([down, right], axis=3).reshape(batch, rows * columns, -1)
+
+
 class ViT(nnx.Module):
     def __init__(
         self,
@@ -186,23 +203,14 @@ class ViT(nnx.Module):
         classes: int = 10,
     ):
         check(cfg, shape)
-        self.patch = cfg.patch
-        self.patches = nnx.Linear(cfg.patch**2 * shape[2], cfg.features, rngs=rngs)
-        self.blocks = nnx.List([Block(cfg, rngs) for _ in range(cfg.layers)])
+        size = cfg.features, cfg.heads, cfg.layers
+        self.patches = Patches(cfg.patch, shape[2], cfg.features, rngs)
+        self.blocks = nnx.List([Block(*size, rngs) for _ in range(cfg.layers)])
         self.norm = nnx.LayerNorm(cfg.features, use_bias=False, rngs=rngs)
         self.head = nnx.Linear(cfg.features, classes, use_bias=False, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        batch, height, width, channels = images.shape
-        p, rows, columns = self.patch, height // self.patch, width // self.patch
-        x = images.astype(jnp.float32) / 127.5 - 1
-        x = x.reshape(batch, rows, p, columns, p, channels).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patches(x.reshape(batch, rows, columns, -1))
-        down, right = jnp.split(x, 2, axis=3)  # half of the features tell the row
-        half = down.shape[3]
-        x = jnp.concatenate(
-            [down + waves(rows, half)[:, None], right + waves(columns, half)], axis=3
-        ).reshape(batch, rows * columns, -1)
+        x = self.patches(images.astype(jnp.float32) / 127.5 - 1)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(axis=1))
@@ -283,9 +291,9 @@ def train(
 # --- the runs side by side ---
 
 
-def show_table(cfg: Config, runs: dict[str, dict[str, Any]]) -> None:
+def show_table(steps: int, runs: dict[str, dict[str, Any]]) -> None:
     fp32 = runs["optax.adamw"]
-    table = Table("optimizer", title=f"{fp32['params']:,} parameters, {cfg.steps} steps")
+    table = Table("optimizer", title=f"{fp32['params']:,} parameters, {steps} steps")
     for heading in ("loss", "accuracy", "bytes", "ratio", "s/step"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, run in runs.items():
@@ -300,14 +308,14 @@ def show_table(cfg: Config, runs: dict[str, dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def save_plot(file: Path, runs: dict[str, dict[str, Any]]) -> None:
+def save_plot(file: Path, runs: dict[str, dict[str, Any]], unit: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, run in runs.items():
         span = max(1, len(run["loss"]) // 20)  # running mean
         smooth = np.convolve(run["loss"], np.full(span, 1 / span), "valid")
         axes.plot(np.arange(span, span + smooth.size), smooth, label=name, alpha=0.8)
-    axes.set(xlabel="step", ylabel="training loss, nats per image", yscale="log")
+    axes.set(xlabel="step", ylabel=f"training loss, nats per {unit}", yscale="log")
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
@@ -348,8 +356,8 @@ def main() -> None:
         name, precision = f"stquant.adamw {bits} bits", stquant.Budget(bits, interval=cfg.interval)
         runs[name] = train(cfg, name, data, stquant.adamw, precision)
 
-    show_table(cfg, runs)
-    save_plot(plot_file, runs)
+    show_table(cfg.steps, runs)
+    save_plot(plot_file, runs, "image")
     print(f"loss curves: {plot_file}")
     if json_file:
         about |= {"config": dataclasses.asdict(cfg), "python": platform.python_version()}
