@@ -153,7 +153,7 @@ class CLIP(nnx.Module):
 
 def alike(captions: jax.Array) -> jax.Array:
     """bool[n, n]: which captions are equal, always those on the diagonal."""
-    return (captions[:, None] == captions).all(axis=2)
+    return (jnp.asarray(captions)[:, None] == captions).all(axis=2)
 
 
 def loss_of(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
@@ -219,9 +219,14 @@ def train(
             bar.update(chunk)
     params, opt_state = carry
 
+    @jax.jit
+    def validate(params, batch):
+        return loss_of(graph, params, batch), accuracy_of(graph, params, batch)
+
+    val_loss, accuracy = (float(x) for x in validate(params, valid))
     run = {
-        "val_loss": float(jax.jit(functools.partial(loss_of, graph))(params, valid)),
-        "accuracy": float(jax.jit(functools.partial(accuracy_of, graph))(params, valid)),
+        "val_loss": val_loss,
+        "accuracy": accuracy,
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
         "params": sum(x.size for x in jax.tree.leaves(params)),
         "seconds_per_step": statistics.median(seconds[1:] or seconds),  # the first one compiles

@@ -54,7 +54,7 @@ class Config:
         (5.0, 3.5), "all-in bits per element of optimizer state, a run for each", nargs="+"
     )
     interval: int = flag(50, "steps between two moves of bits")
-    lr: float = flag(3e-3, "peak learning rate")
+    lr: float = flag(1e-3, "peak learning rate")
     weight_decay: float = flag(0.1, "decoupled weight decay")
     batch: int = flag(64, "images per step")
     shift: int = flag(1, "pixels by which training images move at most, each way")
@@ -274,9 +274,14 @@ def train(
             bar.update(chunk)
     params, opt_state = carry
 
+    @jax.jit
+    def validate(params, batch):
+        return loss_of(graph, params, batch), accuracy_of(graph, params, batch)
+
+    val_loss, accuracy = (float(x) for x in validate(params, valid))
     run = {
-        "val_loss": float(jax.jit(functools.partial(loss_of, graph))(params, valid)),
-        "accuracy": float(jax.jit(functools.partial(accuracy_of, graph))(params, valid)),
+        "val_loss": val_loss,
+        "accuracy": accuracy,
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
         "params": sum(x.size for x in jax.tree.leaves(params)),
         "seconds_per_step": statistics.median(seconds[1:] or seconds),  # the first one compiles
