@@ -99,9 +99,7 @@ class Holding:
         beside = sum(size) - sum(size[k] for k in where)
         float32 = {k for k, _ in found.values()}
         reference = sum(4 * x.size if k in float32 else size[k] for k, x in enumerate(leaves))
-        # A state with nothing of a parameter's shape is what it is; one of small leaves only is
-        # more than a budget allows.
-        widths = _widths(layout.whole, signs, precision, beside, reference) if found else ()
+        widths = _widths(layout.whole, signs, precision, beside, reference)
         shelves = Shelves(layout, signs, widths)
         return cls(leaves, treedef, owners, where, shelves, mesh_of(sharding), storage.seed)
 
@@ -216,6 +214,7 @@ def _widths(
     Args:
       beside: bytes of what is not quantized. reference: of all, in float32.
     """
+    # What holds nothing of a parameter's shape needs no budget.
     if not layout.leaves:
         return ()
     leaves = layout.quantized

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from stquant_jax.checks import check_precision, check_state, find_state, is_state
 from stquant_jax.devices import shardings, spec_of
 from stquant_jax.layout import Storage
+from stquant_jax.ownership import name_of, owned_leaves
 from stquant_jax.planning import layout_for
 from stquant_jax.precision import Budget, Policy
 from stquant_jax.sharding import Sharding, sharding_for
@@ -48,20 +49,14 @@ def state_shardings(
         where = SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda _: where, state)
     mesh = here.mesh
-    specs = {
-        leaf.path: (leaf.whole.shape, here.axes_of(leaf.path, len(leaf.shape)))
-        for leaf in layout.leaves
-    }
+    owners = {owned.path: owned for owned in owned_leaves(state, params) if owned}
 
     def of(path, x):
         if is_state(x):
             return shardings(mesh, state_specs(layout), x)
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        fitting = [p for p in specs if name == p or name.endswith(f".{p}")]
-        if fitting:
-            shape, axes = specs[max(fitting, key=len)]
-            if x.shape == shape:
-                return NamedSharding(mesh, spec_of(axes))
+        owned = owners.get(name_of(path))
+        if owned and owned.alike:
+            return NamedSharding(mesh, spec_of(here.axes_of(owned.param, len(x.shape))))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_state)
