@@ -1,0 +1,119 @@
+"""What the quality benchmark trains with, and what it makes of losses."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import formats, quality
+from benchmarks.contenders import MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed
+
+PARAMS = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+
+
+def gradients(step: int) -> dict:
+    keys = jax.random.split(jax.random.key(step), len(PARAMS))
+    return {
+        name: jax.random.normal(key, x.shape)
+        for key, (name, x) in zip(keys, PARAMS.items(), strict=True)
+    }
+
+
+def updates_of(contender, steps: int) -> list:
+    tx = contender.make()
+    update, state, out = jax.jit(tx.update), tx.init(PARAMS), []
+    for step in range(steps):
+        updates, state = update(gradients(step), state)
+        out.append(updates)
+    return out
+
+
+def test_peer():
+    """Large leaves as the reference format steps them, small ones exact; bits of both."""
+    item = PEERS["bitsandbytes 8-bit"]
+    got, adam = updates_of(peer(item), 3), updates_of(exact(), 3)
+    state = item.init((64, 64))
+    for step, updates in enumerate(got):
+        want, state = item.step(state, gradients(step)["kernel"], jnp.float32(step + 1))
+        np.testing.assert_allclose(updates["kernel"], want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(updates["bias"], adam[step]["bias"], rtol=1e-4, atol=1e-6)
+    bits = (4096 * item.bits((64, 64)) + 64 * 32) / (4096 + 64)
+    assert peer(item).bits_of(None, PARAMS) == pytest.approx(bits)
+    assert formats.PEERS[0].name == "fp32" and exact().bits_of(
+        optax.scale_by_adam().init(PARAMS), PARAMS
+    ) == pytest.approx(32, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", "mv")
+@pytest.mark.parametrize("error", [0.1, 0.5])
+def test_noisy(kind, error):
+    """The update has the error it was asked for; that of v is a factor, so signs stay."""
+    got, want = updates_of(noisy(kind, error), 20), updates_of(exact(), 20)
+    pairs = [(a["kernel"], b["kernel"]) for a, b in zip(got, want, strict=True)]
+    off = sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs)
+    assert off / sum(float(jnp.sum(b**2)) for _, b in pairs) == pytest.approx(error, rel=0.2)
+    assert all(jnp.all(a * b >= 0) for a, b in pairs) == (kind == "v")
+
+
+def test_refreshed():
+    """After every second step Adam starts anew."""
+    got = updates_of(refreshed(exact(), 2), 4)
+    tx = optax.scale_by_adam()
+    state = tx.init(PARAMS)
+    for step in range(4):
+        state = tx.init(PARAMS) if step == 2 else state
+        want, state = tx.update(gradients(step), state)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got[step], want
+        )
+
+
+def test_names():
+    """No format of a question has the name of another in the matrix."""
+    names = [name for more in QUESTIONS.values() for name in more]
+    assert len(set(names)) == len(names) and MATRIX.keys().isdisjoint(names)
+    assert set(quality.CLOSE) <= MATRIX.keys()
+
+
+def test_interval():
+    """As tables of Student's t have it: 2.776 for five differences."""
+    mean, half = quality.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert quality.interval([0.5]) == (0.5, None)
+    assert quality.interval([math.inf, 1.0]) == (math.inf, None)
+
+
+def record() -> dict:
+    rows = []
+    for name, by_rate in {
+        "fp32": {0.1: (2.0, 2.2, 2.1), 0.3: (1.0, 1.2, 1.1)},
+        "Budget 5.0": {0.1: (0.9, 1.3, 1.1), 0.3: (None, 1.0, 1.0)},
+        "Budget 3.5": {0.1: (1.5,)},
+    }.items():
+        for lr, values in by_rate.items():
+            for seed, loss in enumerate(values):
+                rows.append({"format": name, "lr": lr, "seed": seed, "val_loss": loss, "bits": 5.0})
+    return {"results": rows, "seeds": 3}
+
+
+def test_summary():
+    """Each at its best rate, paired by seed; a rate that diverged once is not the best, and a
+    format that lacks runs is left out."""
+    fp32, budget = quality.summary(record())
+    assert (fp32["format"], fp32["lr"], fp32["difference"], fp32["half"]) == ("fp32", 0.3, 0, 0)
+    assert (budget["format"], budget["lr"]) == ("Budget 5.0", 0.1)
+    assert budget["difference"] == pytest.approx(0)
+    assert budget["half"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+
+
+def test_answers():
+    found = record()
+    name = next(iter(QUESTIONS["b1"]))
+    row = {"format": name, "lr": 0.3, "seed": 0, "val_loss": 1.5, "bits": 5.0}
+    found["results"] += [row, {**row, "lr": 0.1, "seed": 1}]
+    assert quality.answers(found) == {
+        "b1": [{"format": name, "difference": 0.5, "half": None, "seeds": 1}]
+    }
