@@ -3,7 +3,7 @@
     pip install '.[benchmarks]'  # scikit-learn, which brings the images
     python examples/train_vit.py --steps 1000 --bits 5.0 3.5 --json train_vit.json
 
-Takes about two minutes on two cores. Expect more than 95% of the held-out digits right, and states
+Takes about three minutes on two cores. Expect over 95% of the held-out digits right, and states
 of 5/32 and 3.5/32 the bytes. `train_vit.png` shows the losses.
 
 The images are scikit-learn's handwritten digits, 1797 of 8x8 pixels, so nothing is downloaded.
