@@ -9,7 +9,7 @@ compiled for shapes alone; nothing is allocated or run. Of each the compiler say
     peak            arguments + outputs - aliased + temporaries
     peak, reported  the compiler's own figure; on a CPU it has no temporaries
     realized        (peak of float32 AdamW - peak) / (its state - state): how much of what the state
-                    saves the step saves as well
+                    saves the step saves as well; once more by the reported peak, where it is one
 
 Parameters are float32 unless --params says bfloat16. Arithmetic is bfloat16 on TPUs and float32 on
 a CPU, whose XLA would make float32 copies of all that is not. Layers are scanned, each leaf that of
@@ -367,9 +367,9 @@ def version_of(package: str) -> str | None:
 # --- tables and plot ---
 
 
-def realized(found: dict[str, Any], base: dict[str, Any]) -> float:
+def realized(found: dict[str, Any], base: dict[str, Any], peak: str = "peak") -> float:
     """Of the bytes that the state saves, the share that the peak saves."""
-    return (base["peak"] - found["peak"]) / (base["state"] - found["state"])
+    return (base[peak] - found[peak]) / (base["state"] - found["state"])
 
 
 def settings(results: dict[str, Any]) -> Iterator[tuple[tuple, dict[str, dict[str, Any]]]]:
@@ -388,6 +388,7 @@ def show(results: dict[str, Any]) -> Table:
     for name in ("params", "state", "arguments", "aliased", "temporaries", "peak", "reported"):
         table.add_column(f"{name}, MB", justify="right")
     table.add_column("realized, %", justify="right")
+    table.add_column("... as reported", justify="right")
     for setting, found in settings(results):
         for name, row in found.items():
             where = " ".join(map(str, setting)) if name == next(iter(found)) else ""
@@ -399,6 +400,8 @@ def show(results: dict[str, Any]) -> Table:
             base = found.get(BASE, {})
             compared = name != BASE and "peak" in base
             cells.append(f"{100 * realized(row, base):.1f}" if compared else "")
+            reported = compared and setting[0] != "cpu" and row["peak_reported"]
+            cells.append(f"{100 * realized(row, base, 'peak_reported'):.1f}" if reported else "")
             table.add_row(where, name, *cells, end_section=name == list(found)[-1])
     return table
 
