@@ -44,6 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -368,16 +369,16 @@ def show(rows: list[dict], stream: str) -> list[Table]:
     here = [row for row in rows if row["stream"] == stream]
     for row in sorted(here, key=lambda row: row.get("bits", np.inf)):
         if row["status"] != "measured":
-            every.add_row(row["name"], "", "", row["status"], "", style="red")
+            every.add_row(escape(row["name"]), "", "", escape(row["status"]), "", style="red")
             continue
         held = f"{row['bits_held']:.3f}" if row["bits_held"] else ""
         ms = f"{1e3 * row['seconds_per_step']:.2f}" if row["seconds_per_step"] else ""
-        cells = row["name"], f"{row['bits']:.3f}", held, f"{row['error']:.3g}", ms
+        cells = escape(row["name"]), f"{row['bits']:.3f}", held, f"{row['error']:.3g}", ms
         every.add_row(*cells, style=style[row["kind"]])
     best = Table("optimizer", "bits", "error", "ours at no more bits", "held", "error", "ratio")
     for pair in standing(rows, stream):
         theirs, ours = pair["library"], pair["ours"]
-        cells = theirs["name"], f"{theirs['bits']:.3f}", f"{theirs['error']:.3g}"
+        cells = escape(theirs["name"]), f"{theirs['bits']:.3f}", f"{theirs['error']:.3g}"
         if ours is None:
             best.add_row(*cells, "none", "", "", "")
             continue
@@ -390,7 +391,7 @@ def show(rows: list[dict], stream: str) -> list[Table]:
         theirs, other = pair["library"], pair["reference"]
         errors = theirs["error"], other["error"]
         same.add_row(
-            theirs["name"],
+            escape(theirs["name"]),
             f"{errors[0]:.4g}",
             theirs["format"],
             f"{errors[1]:.4g}",
@@ -407,7 +408,7 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for name in STREAMS if measured(rows, name, "ours")]
-    size = (5.5 * len(names), 4.5)
+    size = (5 * len(names) + 3, 4.5)  # the legend stands beside
     _, panels = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
     for panel, name in zip(panels[0], names, strict=True):
         ours = [r | {"bits": r["bits_held"]} for r in measured(rows, name, "ours")]

@@ -1,5 +1,6 @@
 """The comparison with other libraries' optimizers, without the libraries."""
 
+import io
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import stquant_jax as stquant
 from benchmarks import _io, codec, formats, peers
 
 STEPS = codec.FIRST + codec.CHUNK
+SECONDS = {"seconds_per_step": None}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,7 @@ def test_ours_holds_what_is_counted():
 
 def row(name, kind, bits, error, **more):
     about = {"stream": "gpt", "name": name, "kind": kind, "status": "measured", "format": None}
-    return about | {"bits": bits, "bits_held": bits, "error": error} | more
+    return about | {"bits": bits, "bits_held": bits, "error": error, **SECONDS} | more
 
 
 def test_standing():
@@ -153,6 +156,15 @@ def test_standing():
     assert found["tiny"] is None
     (pair,) = peers.agreement(rows, "gpt")
     assert (pair["library"]["error"], pair["reference"]["error"]) == (0.5, 0.4)
+
+
+def test_show_has_whole_names():
+    """Brackets are no markup."""
+    rows = [row("theirs, [out, in]", "library", 4.25, 0.5), row("fits", "ours", 4.0, 0.1)]
+    for table in peers.show(rows, "gpt")[:2]:
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(table)
+        assert "theirs, [out, in]" in console.export_text()
 
 
 def test_record():
