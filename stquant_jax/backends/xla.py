@@ -6,7 +6,7 @@ chunk: read planes, compute, write planes. Nothing reads the arena after a write
 or XLA would copy the arena.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -113,7 +113,10 @@ def step(
     # Of several dtypes too: those of 8 bits are promoted to none.
     dtypes = {g.dtype for g in grads} if apply is None else set()
     dtype = dtypes.pop() if len(dtypes) == 1 else jnp.float32
-    data = hold(lax.empty((layout.tiles, GROUP, LANES), dtype))
+    # Born when the gradients are: a buffer that depends on nothing XLA may make at the start of the
+    # training step, where it lies beside all that the backward pass keeps.
+    come = reduce(jnp.logical_or, (g[(0,) * g.ndim] != 0 for g in grads), count > 0)
+    data = holder(come)(lax.empty((layout.tiles, GROUP, LANES), dtype))
     for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
         data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
     sums = hold(lax.empty((layout.tiles, len(Sums._fields)), jnp.float32))
