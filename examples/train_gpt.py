@@ -308,7 +308,7 @@ def show_noise(runs: dict[str, dict[str, Any]], by_seed: list[float]) -> None:
             print(f"{name}: {verdict} than the mean difference of two fp32 seeds, {noise:.4f}")
 
 
-def save_plot(file: Path, runs: dict[str, dict[str, Any]], unit: str) -> None:
+def save_plot(file: Path, runs: dict[str, dict[str, Any]], unit: str = "byte") -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, run in runs.items():
@@ -367,7 +367,7 @@ def main() -> None:
     show_table(cfg, runs)
     if cfg.seeds > 1:
         show_noise(runs, by_seed)
-    save_plot(plot_file, runs, "byte" if cfg.words == 256 else "word")
+    save_plot(plot_file, runs, unit="byte" if cfg.words == 256 else "word")
     print(f"loss curves: {plot_file}, widths of the narrowest: {heatmap_file}")
     if json_file:
         about |= {"config": dataclasses.asdict(cfg), "val_loss_by_seed": by_seed}
