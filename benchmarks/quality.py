@@ -34,6 +34,7 @@ import optax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import _io
@@ -152,6 +153,15 @@ def losses(rows: list[dict], name: str, lr: float) -> dict[int, float]:
     return {row["seed"]: math.inf if row["val_loss"] is None else row["val_loss"] for row in found}
 
 
+def complete(rows: list[dict], name: str) -> int:
+    """How many of the first seeds have a run at every learning rate: a matrix may be half done."""
+    rates = {row["lr"] for row in rows if row["format"] == "fp32"}
+    count = 0
+    while rates and all(count in losses(rows, name, lr) for lr in rates):
+        count += 1
+    return count
+
+
 def best_rate(rows: list[dict], name: str, seeds: int) -> float | None:
     """The learning rate of the lowest mean over the first seeds, of which every rate has a run."""
     means = {}
@@ -162,34 +172,30 @@ def best_rate(rows: list[dict], name: str, seeds: int) -> float | None:
     return min(means, key=means.__getitem__) if means else None
 
 
-# Quantiles 0.975 of Student's t, by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
 def interval(differences: list[float]) -> tuple[float, float | None]:
     """Mean, and half the width of its 95% interval; None of a single one."""
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2 or not math.isfinite(mean):
         return mean, None
-    quantile = STUDENT.get(count - 1, STUDENT[max(STUDENT)])
-    return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
+    quantile = stats.t.ppf(0.975, count - 1)
+    return mean, float(quantile * statistics.stdev(differences) / math.sqrt(count))
 
 
 def summary(record: dict) -> list[dict]:
     """A row for each format of the matrix: best rate, losses there, difference to float32."""
-    rows, seeds = record["results"], record["seeds"]
-    base_rate = best_rate(rows, "fp32", seeds)
-    out = []
+    rows, out = record["results"], []
+    seeds = complete(rows, "fp32")
     for name in MATRIX:
-        rate = best_rate(rows, name, seeds)
-        if rate is None or base_rate is None:
+        own = min(seeds, complete(rows, name))
+        if not own:
             continue
-        found, base = losses(rows, name, rate), losses(rows, "fp32", base_rate)
+        rates = best_rate(rows, name, own), best_rate(rows, "fp32", seeds)
+        found, base = losses(rows, name, rates[0]), losses(rows, "fp32", rates[1])
         both = sorted(found.keys() & base.keys())
         mean, half = interval([found[seed] - base[seed] for seed in both])
         bits = next(row["bits"] for row in rows if row["format"] == name)
         out.append(
-            {"format": name, "bits": bits, "lr": rate, "losses": [found[seed] for seed in both]}
+            {"format": name, "bits": bits, "lr": rates[0], "losses": [found[seed] for seed in both]}
             | {"difference": mean, "half": half, "fp32": statistics.fmean(base.values())}
         )
     return out
@@ -198,7 +204,7 @@ def summary(record: dict) -> list[dict]:
 def answers(record: dict) -> dict[str, list[dict]]:
     """Of every question: losses of its formats at float32's best rate, and the differences."""
     rows = record["results"]
-    rate, out = best_rate(rows, "fp32", record["seeds"]), {}
+    rate, out = best_rate(rows, "fp32", complete(rows, "fp32")), {}
     for question, contenders in QUESTIONS.items():
         for name in contenders:
             found, base = losses(rows, name, rate), losses(rows, "fp32", rate)
@@ -206,6 +212,18 @@ def answers(record: dict) -> dict[str, list[dict]]:
                 mean, half = interval([found[seed] - base[seed] for seed in both])
                 row = {"format": name, "difference": mean, "half": half, "seeds": len(both)}
                 out.setdefault(question, []).append(row)
+    return out
+
+
+def by_rate(record: dict) -> dict[str, dict[float, tuple[float, float | None]]]:
+    """Of every format the difference to float32 at the same learning rate, for all of them."""
+    rows, out = record["results"], {}
+    for name in MATRIX:
+        for lr in sorted({row["lr"] for row in rows if row["format"] == name}):
+            found, base = losses(rows, name, lr), losses(rows, "fp32", lr)
+            if both := sorted(found.keys() & base.keys()):
+                difference = interval([found[seed] - base[seed] for seed in both])
+                out.setdefault(name, {})[lr] = difference
     return out
 
 
@@ -222,6 +240,11 @@ def show(name: str, record: dict) -> None:
         mean = f"{statistics.fmean(row['losses']):.4f}"
         cells = f"{row['bits']:.2f}", f"{row['lr']:g}", mean, difference, str(len(row["losses"]))
         table.add_row(row["format"], *cells)
+    Console().print(table)
+    rates = sorted({row["lr"] for row in record["results"]})
+    table = Table("format", *(f"{lr:g}" for lr in rates), title="minus fp32, by learning rate")
+    for contender, found in by_rate(record).items():
+        table.add_row(contender, *(told(*found[lr]) if lr in found else "" for lr in rates))
     Console().print(table)
     for question, rows in answers(record).items():
         table = Table("format", "minus fp32", "seeds", title=question)
@@ -294,7 +317,6 @@ def train(name: str, args: argparse.Namespace) -> dict:
     if record and record["config"] != config:
         raise SystemExit(f"{file} holds runs of {record['config']}: expected {config}; use --out")
     record = record or {"config": config, "results": []}
-    record["seeds"] = args.seeds
     rows = record["results"]
     contenders = dict(MATRIX)
     for more in QUESTIONS.values():

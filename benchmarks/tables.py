@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import _io
+from benchmarks import _io, gain, memory, peers, quality
 from tests.conformance import table as conformance
 
 README = Path(__file__).parent.parent / "README.md"
@@ -187,6 +187,106 @@ def wrapped() -> str:
     return _table(header, body) + _source(record)
 
 
+def quality_() -> str:
+    """Validation loss of every format less that of float32, on three tasks."""
+    records = _quality()
+    cells: dict[str, dict[str, str]] = {}
+    for task, record in records.items():
+        for row in quality.summary(record):
+            here = cells.setdefault(row["format"], {"bits": f"{row['bits']:.2f}"})
+            loss = statistics.fmean(row["losses"])
+            told = quality.told(row["difference"], row["half"])
+            here[task] = f"{loss:.4f}" if row["format"] == "fp32" else told
+            here[f"{task} n"] = str(len(row["losses"]))
+    body = [
+        [
+            name,
+            here["bits"],
+            *(f"{here[task]} ({here[f'{task} n']})" if task in here else "" for task in records),
+        ]
+        for name, here in cells.items()
+    ]
+    header = ["format", "bits", *records]
+    return _table(header, body) + "".join(map(_source, records.values()))
+
+
+def rates() -> str:
+    """The same on the GPT, at the same learning rate as float32, for every rate."""
+    record = _quality()["gpt"]
+    found = quality.by_rate(record)
+    columns = sorted(found["fp32"])
+    body = [
+        [name, *(quality.told(*here[lr]) if lr in here else "" for lr in columns)]
+        for name, here in found.items()
+        if name != "fp32"
+    ]
+    return _table(["format", *(f"{lr:g}" for lr in columns)], body) + _source(record)
+
+
+def gain_() -> str:
+    """Length of the update along the exact one, by steps of a training run."""
+    record = _io.read_json(_io.RESULTS / "gain.json")
+    body = [
+        [row["stream"], row["format"], *(f"{span['gain']:.3f}" for span in row["spans"])]
+        for row in record["results"]
+    ]
+    header = ["stream", "format", *("{} to {}".format(*span) for span in gain.SPANS)]
+    return _table(header, body) + _source(record)
+
+
+def questions() -> str:
+    """What further formats answer about the design, on the GPT."""
+    record = _quality()["gpt"]
+    rate = quality.best_rate(record["results"], "fp32", quality.complete(record["results"], "fp32"))
+    body = [
+        [question if i == 0 else "", row["format"], quality.told(row["difference"], row["half"])]
+        for question, rows in quality.answers(record).items()
+        for i, row in enumerate(rows)
+    ]
+    return (
+        _table(["question", "format", "loss minus fp32"], body)
+        + _source(record)
+        + f" Rate {rate:g}."
+    )
+
+
+def memory_() -> str:
+    """Bytes of a whole training step, and how much of what the state saves the peak saves."""
+    record = _io.read_json(_io.RESULTS / "memory.json")
+    body = []
+    for (platform, model, batch, layers, _), found in memory.settings(record["results"]):
+        base = found.get(memory.BASE, {})
+        for name, row in found.items():
+            if "peak" not in row or "peak" not in base:
+                continue
+            cells = [f"{row[key] / 2**20:,.0f}" for key in ("state", "temporaries", "peak")]
+            share = "" if name == memory.BASE else f"{memory.realized(row, base):.1%}"
+            body.append([platform, f"{model}, {layers}", str(batch), name, *cells, share])
+    header = ["compiled for", "model", "batch", "optimizer", "state, MiB", "temporaries", "peak"]
+    return _table([*header, "of the saving"], body) + _source(record)
+
+
+def peers_() -> str:
+    """Error of the other libraries' own optimizers, and the least of ours in no more bits."""
+    record, body = _io.read_json(_io.RESULTS / "peers.json"), []
+    for stream in dict.fromkeys(row["stream"] for row in record["results"]):
+        for pair in peers.standing(record["results"], stream):
+            theirs, ours = pair["library"], pair["ours"]
+            cells = [stream, theirs["name"], f"{theirs['bits']:.2f}", f"{theirs['error']:.3g}"]
+            if ours:
+                ratio = theirs["error"] / ours["error"]
+                cells += [ours["name"], f"{ours['bits_held']:.2f}", f"{ours['error']:.3g}"]
+                cells.append(f"{ratio:.1f}")
+            body.append(cells + [""] * (8 - len(cells)))
+    header = ["stream", "optimizer", "bits", "error", "ours", "bits", "error", "ratio"]
+    return _table(header, body) + _source(record)
+
+
+def _quality() -> dict[str, dict]:
+    records = {name: _io.read_json(quality.OUT / f"{name}.json") for name in quality.SMALL}
+    return {name: record for name, record in records.items() if record}
+
+
 def switch() -> str:
     """Validation losses of runs that changed their optimizer, by seed."""
     record = _io.read_json(_io.RESULTS / "switch.json")
@@ -282,6 +382,12 @@ def render(text: str) -> str:
         "demo": demo,
         "switch": switch,
         "wrapped": wrapped,
+        "quality": quality_,
+        "rates": rates,
+        "gain": gain_,
+        "questions": questions,
+        "memory": memory_,
+        "peers": peers_,
         "pod": pod,
         "faults": faults,
         "sharded": sharded,

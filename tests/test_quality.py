@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import formats, quality
-from benchmarks.contenders import MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed
+from benchmarks import formats, gain, quality
+from benchmarks.contenders import MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed, scaled
 
 PARAMS = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
 
@@ -71,6 +71,11 @@ def test_refreshed():
         )
 
 
+def test_scaled():
+    got, want = updates_of(scaled(exact(), 1.1), 2), updates_of(exact(), 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 1.1 * b, rtol=1e-5), got, want)
+
+
 def test_names():
     """No format of a question has the name of another in the matrix."""
     names = [name for more in QUESTIONS.values() for name in more]
@@ -81,7 +86,7 @@ def test_names():
 def test_interval():
     """As tables of Student's t have it: 2.776 for five differences."""
     mean, half = quality.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-3)
     assert quality.interval([0.5]) == (0.5, None)
     assert quality.interval([math.inf, 1.0]) == (math.inf, None)
 
@@ -96,7 +101,7 @@ def record() -> dict:
         for lr, values in by_rate.items():
             for seed, loss in enumerate(values):
                 rows.append({"format": name, "lr": lr, "seed": seed, "val_loss": loss, "bits": 5.0})
-    return {"results": rows, "seeds": 3}
+    return {"results": rows}
 
 
 def test_summary():
@@ -106,7 +111,30 @@ def test_summary():
     assert (fp32["format"], fp32["lr"], fp32["difference"], fp32["half"]) == ("fp32", 0.3, 0, 0)
     assert (budget["format"], budget["lr"]) == ("Budget 5.0", 0.1)
     assert budget["difference"] == pytest.approx(0)
-    assert budget["half"] == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert budget["half"] == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+
+
+def test_half_done():
+    """Where a rate has fewer seeds, a format counts with those that all rates have."""
+    found = record()
+    found["results"] = [
+        row
+        for row in found["results"]
+        if not (row["format"] == "Budget 5.0" and row["seed"] == 2 and row["lr"] == 0.1)
+    ]
+    found["results"].append(
+        {"format": "Budget 3.5", "lr": 0.3, "seed": 0, "val_loss": 1.25, "bits": 5.0}
+    )
+    _, budget, narrow = quality.summary(found)
+    assert budget["losses"] == [0.9, 1.3]
+    assert (narrow["lr"], narrow["difference"], narrow["half"]) == (0.3, 0.25, None)
+
+
+def test_by_rate():
+    found = quality.by_rate(record())
+    assert found["Budget 3.5"] == {0.1: (-0.5, None)}
+    assert found["Budget 5.0"][0.1] == pytest.approx((-1, 0.248), abs=1e-3)  # -1.1, -0.9, -1
+    assert found["Budget 5.0"][0.3] == (math.inf, None)
 
 
 def test_answers():
@@ -117,3 +145,11 @@ def test_answers():
     assert quality.answers(found) == {
         "b1": [{"format": name, "difference": 0.5, "half": None, "seeds": 1}]
     }
+
+
+def test_gain():
+    """Of updates that are 0.9 of the exact ones, plus as much of something orthogonal."""
+    step = lambda state, g, t: ({"x": jnp.stack([0.9 * g["x"][0], 0.9 * g["x"][0]])}, state)  # noqa: E731
+    exact = {"x": np.tile([1.0, 0.0], (500, 1)).astype(np.float32)}
+    for span in gain.spans(gain.sums(step, 0, exact, exact)):
+        assert span["gain"] == pytest.approx(0.9) and span["error"] == pytest.approx(0.01 + 0.81)
