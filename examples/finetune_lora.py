@@ -170,8 +170,7 @@ def fit(
 
     def step(carry, key, text):
         params, state = carry
-        starts = jax.random.randint(key, (cfg.batch,), 0, text.size - cfg.length)
-        loss, grads = jax.value_and_grad(loss_of)(params, gpt.windows(text, starts, cfg.length))
+        loss, grads = jax.value_and_grad(loss_of)(params, gpt.sample(cfg, text, key))
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
@@ -261,8 +260,7 @@ def main() -> None:
     def evaluate(params: Any) -> dict[str, Any]:
         losses = {}
         for name, text in (("reference", held_out), ("sources", unseen)):
-            starts = np.linspace(0, text.size - cfg.length - 1, gpt.VALIDATION).astype(int)
-            losses[name] = float(jax.jit(loss_of)(params, gpt.windows(text, starts, cfg.length)))
+            losses[name] = float(jax.jit(loss_of)(params, gpt.validation(cfg, text)))
         return losses
 
     layouts = compare_layouts(params["lora"], cfg.layers)

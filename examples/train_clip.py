@@ -17,14 +17,9 @@ All runs start from the same weights and see the same scenes; only the optimizer
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
-import math
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 import stquant_jax as stquant
-from examples.train_vit import Block, Patches, flag, load_digits, save_plot, show_table, waves
+from examples.train_vit import (
+    Block,
+    Patches,
+    Task,
+    flag,
+    load_digits,
+    save_plot,
+    show_table,
+    train,
+    waves,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,68 +178,7 @@ def accuracy_of(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arr
     return jnp.stack([right[rows, x.argmax(1)] for x in (logits, logits.T)]).mean()
 
 
-# --- training ---
-
-CHUNK = 10  # steps per dispatch at most
-
-
-def train(
-    cfg: Config,
-    name: str,
-    data: tuple[Batch, Batch],
-    adamw: Callable[..., optax.GradientTransformation] = optax.adamw,
-    precision: stquant.Policy | None = None,
-) -> dict[str, Any]:
-    """One run, of stquant with a policy: losses, accuracy, bytes of optimizer state."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, cfg.steps // 10, cfg.steps)
-    options = {"precision": precision} if precision else {}
-    optimizer = adamw(schedule, weight_decay=cfg.weight_decay, **options)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
-    digits, valid = data
-    graph, params = nnx.split(CLIP(cfg, nnx.Rngs(cfg.seed)))
-
-    def step(carry, key, digits):
-        params, opt_state = carry
-        batch = sample(cfg, digits, key)
-        loss, grads = jax.value_and_grad(functools.partial(loss_of, graph))(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_chunk(carry, keys, digits):
-        return jax.lax.scan(functools.partial(step, digits=digits), carry, keys)
-
-    carry, digits = (params, tx.init(params)), jax.tree.map(jnp.asarray, digits)
-    keys = jax.random.split(jax.random.key(cfg.seed), cfg.steps)
-    chunk = math.gcd(cfg.steps, CHUNK)  # all of one length: one program
-    losses, seconds = [], []
-    with tqdm(total=cfg.steps, desc=name, unit="step") as bar:
-        for first in range(0, cfg.steps, chunk):
-            begin = time.perf_counter()
-            carry, new = train_chunk(carry, keys[first : first + chunk], digits)
-            losses += np.asarray(new).tolist()  # waits for the device
-            seconds.append((time.perf_counter() - begin) / chunk)
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-            bar.update(chunk)
-    params, opt_state = carry
-
-    @jax.jit
-    def validate(params, batch):
-        return loss_of(graph, params, batch), accuracy_of(graph, params, batch)
-
-    val_loss, accuracy = (float(x) for x in validate(params, valid))
-    run = {
-        "val_loss": val_loss,
-        "accuracy": accuracy,
-        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
-        "params": sum(x.size for x in jax.tree.leaves(params)),
-        "seconds_per_step": statistics.median(seconds[1:] or seconds),  # the first one compiles
-        "compilations": train_chunk._cache_size(),  # pyright: ignore[reportAttributeAccessIssue]
-        "loss": losses,
-    }
-    if precision:
-        run["bits"] = stquant.report(opt_state, params, precision).bits
-    return run
+# --- the runs side by side ---
 
 
 def parse() -> tuple[Config, Path, Path | None]:
@@ -264,10 +207,11 @@ def main() -> None:
     print(f"{len(images)} digits to train on; of the others {len(scenes)} scenes, such as")
     print(f'"{caption(captions[0])}"')
 
-    runs = {"optax.adamw": train(cfg, "optax.adamw", data)}
+    task = Task(lambda: CLIP(cfg, nnx.Rngs(cfg.seed)), sample, loss_of, accuracy_of)
+    runs = {"optax.adamw": train(cfg, "optax.adamw", task, data)}
     for bits in cfg.bits:
         name, precision = f"stquant.adamw {bits} bits", stquant.Budget(bits, interval=cfg.interval)
-        runs[name] = train(cfg, name, data, stquant.adamw, precision)
+        runs[name] = train(cfg, name, task, data, stquant.adamw, precision)
 
     show_table(cfg.steps, runs)
     save_plot(plot_file, runs, "pair")

@@ -188,13 +188,13 @@ def windows(text: np.ndarray | jax.Array, starts: Any, length: int) -> Any:
     return text[starts[:, None] + np.arange(length + 1)]
 
 
-def sample(cfg: Config, text: jax.Array, key: jax.Array) -> jax.Array:
+def sample(cfg: Any, text: jax.Array, key: jax.Array) -> jax.Array:
     """A batch to train on, [batch, length + 1]."""
     starts = jax.random.randint(key, (cfg.batch,), 0, text.size - cfg.length)
     return windows(text, starts, cfg.length)
 
 
-def validation(cfg: Config, held_out: np.ndarray) -> np.ndarray:
+def validation(cfg: Any, held_out: np.ndarray) -> np.ndarray:
     """The same windows for every run, spread over all of the text."""
     starts = np.linspace(0, held_out.size - cfg.length - 1, VALIDATION).astype(int)
     return windows(held_out, starts, cfg.length)

@@ -28,7 +28,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -233,10 +233,20 @@ def accuracy_of(graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arr
 CHUNK = 10  # steps per dispatch at most
 
 
+class Task(NamedTuple):
+    """What is learned: a model, made anew for every run, and functions of its batches."""
+
+    model: Callable[[], nnx.Module]
+    sample: Callable[[Any, Any, jax.Array], Any]
+    loss_of: Callable[[nnx.GraphDef, nnx.State, Any], jax.Array]
+    accuracy_of: Callable[[nnx.GraphDef, nnx.State, Any], jax.Array]
+
+
 def train(
-    cfg: Config,
+    cfg: Any,
     name: str,
-    data: tuple[Batch, Batch],
+    task: Task,
+    data: tuple[Any, Any],
     adamw: Callable[..., optax.GradientTransformation] = optax.adamw,
     precision: stquant.Policy | None = None,
 ) -> dict[str, Any]:
@@ -245,29 +255,28 @@ def train(
     options = {"precision": precision} if precision else {}
     optimizer = adamw(schedule, weight_decay=cfg.weight_decay, **options)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
-    (images, labels), valid = data
-    model = ViT(cfg, nnx.Rngs(cfg.seed), images.shape[1:], int(labels.max()) + 1)
-    graph, params = nnx.split(model)
+    train_set, valid = data
+    graph, params = nnx.split(task.model())
 
-    def step(carry, key, pairs):
+    def step(carry, key, train_set):
         params, opt_state = carry
-        batch = sample(cfg, pairs, key)
-        loss, grads = jax.value_and_grad(functools.partial(loss_of, graph))(params, batch)
+        batch = task.sample(cfg, train_set, key)
+        loss, grads = jax.value_and_grad(functools.partial(task.loss_of, graph))(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_chunk(carry, keys, pairs):
-        return jax.lax.scan(functools.partial(step, pairs=pairs), carry, keys)
+    def train_chunk(carry, keys, train_set):
+        return jax.lax.scan(functools.partial(step, train_set=train_set), carry, keys)
 
-    carry, pairs = (params, tx.init(params)), (jnp.asarray(images), jnp.asarray(labels))
+    carry, train_set = (params, tx.init(params)), jax.tree.map(jnp.asarray, train_set)
     keys = jax.random.split(jax.random.key(cfg.seed), cfg.steps)
     chunk = math.gcd(cfg.steps, CHUNK)  # all of one length: one program
     losses, seconds = [], []
     with tqdm(total=cfg.steps, desc=name, unit="step") as bar:
         for first in range(0, cfg.steps, chunk):
             begin = time.perf_counter()
-            carry, new = train_chunk(carry, keys[first : first + chunk], pairs)
+            carry, new = train_chunk(carry, keys[first : first + chunk], train_set)
             losses += np.asarray(new).tolist()  # waits for the device
             seconds.append((time.perf_counter() - begin) / chunk)
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -276,7 +285,7 @@ def train(
 
     @jax.jit
     def validate(params, batch):
-        return loss_of(graph, params, batch), accuracy_of(graph, params, batch)
+        return task.loss_of(graph, params, batch), task.accuracy_of(graph, params, batch)
 
     val_loss, accuracy = (float(x) for x in validate(params, valid))
     run = {
@@ -356,10 +365,13 @@ def main() -> None:
     about = {"images": list(images.shape), "held_out": len(held_out)}
     print("{} images of {} x {} x {} to train on,".format(*images.shape), len(held_out), "held out")
 
-    runs = {"optax.adamw": train(cfg, "optax.adamw", data)}
+    classes = int(labels.max()) + 1
+    model = lambda: ViT(cfg, nnx.Rngs(cfg.seed), images.shape[1:], classes)  # noqa: E731
+    task = Task(model, sample, loss_of, accuracy_of)
+    runs = {"optax.adamw": train(cfg, "optax.adamw", task, data)}
     for bits in cfg.bits:
         name, precision = f"stquant.adamw {bits} bits", stquant.Budget(bits, interval=cfg.interval)
-        runs[name] = train(cfg, name, data, stquant.adamw, precision)
+        runs[name] = train(cfg, name, task, data, stquant.adamw, precision)
 
     show_table(cfg.steps, runs)
     save_plot(plot_file, runs, "image")
