@@ -16,9 +16,10 @@ A policy is a frozen dataclass derived from `stquant.Policy`. It is asked for th
     first_widths  bits of a code, for every slot (a leaf and a moment), on the host
     decide        the next plan, under jit, every `interval` steps
 
-Codes are repacked to any plan that `decide` returns as long as sum(tiles * widths) <= rows; nobody
-checks that. `Stages` leaves the arithmetic to `Budget`: the plan of each stage is the first plan of
-a budget with that stage's pins. A policy that goes by measurements finds them in `state.observed`.
+Codes are repacked to any plan that `decide` returns as long as sum(tiles * widths) <= rows; a plan
+that does not fit makes all updates NaN. `Stages` leaves the arithmetic to `Budget`: the plan of
+each stage is the first plan of a budget with that stage's pins. A policy that goes by measurements
+finds them in `state.observed`.
 """
 
 import argparse

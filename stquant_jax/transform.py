@@ -26,6 +26,7 @@ from stquant_jax.checks import (
     check_precision,
     check_state,
 )
+from stquant_jax.codecs import MU_NOT_FINITE
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.numerics import isolated, narrowed, widened
@@ -33,6 +34,7 @@ from stquant_jax.places import counted_leaves
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
 from stquant_jax.precision import Budget, Policy, PrecisionState, Sums
+from stquant_jax.precision.policy import storable
 from stquant_jax.precision.statistics import INTERVAL, aged
 from stquant_jax.precision.tally import Tally, add
 from stquant_jax.rules import Adam, AdamScalars
@@ -294,7 +296,12 @@ def _refresh(
         state = state.renewed(count, axes)
         choose = partial(precision.decide, slots, free)
         new = isolated(count > 0, choose, state, decays, count)
-        return repack(layout, storage, count, packed, state.plan, new.plan), new
+        fits = storable(new.plan, slots, free)
+        plan = jax.tree.map(partial(jnp.where, fits), new.plan, state.plan)
+        packed = repack(layout, storage, count, packed, state.plan, plan)
+        # Nothing can be raised here: a policy's mistake shows in every update.
+        mu_scale = jnp.where(fits, packed.mu_scale, jnp.uint8(MU_NOT_FINITE))
+        return packed._replace(mu_scale=mu_scale), new._replace(plan=plan)
 
     return jax.lax.cond(due, decide, lambda packed, state: (packed, state), packed, state)
 

@@ -16,7 +16,8 @@ TINY = 2.0**-126  # groups of less energy are zero
 # --- second moment: log2 sigma = base - row / 32 - delta * code ---
 
 BASE_LOWEST, BASE_STEP, BASE_NOT_FINITE = -63, 1 / 512, 2**16 - 1
-ROW_STEP, ROW_LAST, ROW_MOST, ROW_GAIN = 1 / 32, 255, 8, 1 / 4
+ROW_STEP, ROW_LAST = 1 / 32, 255
+CENTRED_MOST, CENTRED_PART = 8, 1 / 4
 
 
 def decode_nu(codes, scale, row, width: int, window: int) -> np.ndarray:
@@ -34,36 +35,37 @@ class Nu(NamedTuple):
 
 
 def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: Noise) -> Nu:
-    """``turn`` is the one row of each tile that may move in this step, if any."""
+    """``turn`` is the one row of each tile whose codes are centred in this step."""
     width, dither = slot.nu, random.nu
     delta, last = slot.window / 2**width, 2**width - 1
     energy = v.sum(-2, keepdims=True)
     absent = old.nu_scale == 0
     alive = np.isfinite(energy) & (energy >= TINY)
     living = alive & inside
+    row = old.nu_row.astype(float)
 
-    # Octaves that each element moves beyond its group; an absent group starts level, at its mean.
-    before = np.where(absent | ~inside, 1.0, old_sigma**2)
+    # Octaves that each element moves beyond its group, which grew out of its rows' shape where it
+    # was absent.
+    before = np.where(absent, 4.0 ** (-row * ROW_STEP), np.where(inside, old_sigma, 1) ** 2)
     codes = np.where(absent, 0, old.nu)
     growth = np.log2(energy / (before * inside).sum(-2, keepdims=True))
     own = 0.5 * (np.log2(v / before) - growth)
 
-    # The row in turn makes up a quarter of what its mean code is off its tile's. Without codes it
-    # takes its drift, for the 32 steps until its next turn. A row of padding stays.
-    row = old.nu_row.astype(float)
-    if turn is not None:
-        here = living[:, turn].sum(-1)
-        if width:
-            tile = (old.nu * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
-            far = (old.nu * living)[:, turn].sum(-1) / np.maximum(here, 1) - tile
-            move = ROW_GAIN * delta * far
-        else:
-            move = -GROUP * np.where(living, own, 0)[:, turn].sum(-1) / np.maximum(here, 1)
-        move = np.clip(np.where(here > 0, move, 0) / ROW_STEP, -ROW_MOST, ROW_MOST)
-        row[:, turn, 0] += np.floor(move + dither[:, turn, 0])
+    # Rows follow the mean factor of their elements' v: without codes rounded at random, with codes
+    # to the nearest. Then codes of the row in turn are centred: a quarter of what their mean is off
+    # their tile's. A row of padding stays.
+    here = np.maximum(living.sum(-1, keepdims=True), 1)
+    factor = np.where(living, 4.0**own, 0).sum(-1, keepdims=True) / here
+    octaves = 0.5 * np.log2(np.maximum(factor, TINY))
+    move = np.floor((0.5 if width else dither[..., :1]) - octaves / ROW_STEP)
+    move = np.clip(move, -ROW_LAST, ROW_LAST)
+    tile = (old_codes := codes * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
+    far = CENTRED_PART * delta * (old_codes.sum(-1)[:, turn] / here[:, turn, 0] - tile) / ROW_STEP
+    move[:, turn, 0] += np.floor(np.clip(far, -CENTRED_MOST, CENTRED_MOST) + dither[:, turn, 0])
+    row += np.where(living.any(-1, keepdims=True), move, 0)
     lowest = np.where(inside.any(-1, keepdims=True), row, ROW_LAST).min(-2, keepdims=True)
     row = np.minimum(row, lowest + ROW_LAST)
-    down = (row - np.where(absent, 0, old.nu_row)) * ROW_STEP
+    down = (row - old.nu_row) * ROW_STEP
     row = np.maximum(row - lowest, 0)
 
     codes = codes - np.floor((own + down) / delta + dither)
@@ -261,19 +263,13 @@ def step(g, old: Codes, where: Place, adam: Adam, slot: Slot, count) -> tuple[np
 
 
 def encode_anew(m, v, where: Place, slot: Slot, count) -> Codes:
-    """Codes of moments of which nothing is stored: a row is its elements' mean share of their
-    groups' energy; all else is as in a step, in which no row moves."""
+    """Codes of moments of which nothing is stored: as in a step out of zeros."""
     inside, zeros = where.element >= 0, np.zeros(v.shape, int)
-    energy, size = v.sum(-2, keepdims=True), inside.sum(-2, keepdims=True)
-    living = inside & (energy >= TINY)
+    living = inside & (v.sum(-2, keepdims=True) >= TINY)
     random = noise(slot.seed, slot.leaf, count, where.group)
     with np.errstate(all="ignore"):
-        parts = np.where(living, v * size / energy, 0).sum(-1, keepdims=True)
-        octaves = 0.5 * np.log2(parts / living.sum(-1, keepdims=True))
-        row = np.floor(0.5 - octaves / ROW_STEP)
-        row = np.where(living.any(-1, keepdims=True), row, 0)
-        nothing = Codes(zeros, zeros, zeros[:, :1], zeros[:, :1], row)
-        nu = encode_nu(v, v, nothing, inside, slot, None, random)
+        nothing = Codes(zeros, zeros, zeros[:, :1], zeros[:, :1], zeros[..., :1])
+        nu = encode_nu(v, v, nothing, inside, slot, 0, random)
         root = decode_nu(nu.codes, nu.scale, nu.row, slot.nu, slot.window)
         e, alive = np.where(living, m / root, 0), living.any(-2, keepdims=True)
         mu, mu_scale = encode_mu(e, inside, alive, slot.mu, random)

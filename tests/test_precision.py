@@ -1,7 +1,9 @@
 """Policies: the bytes asked for are the bytes of the state, and they are all used."""
 
+import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 import stquant_jax as stquant
 from benchmarks import shapes
+from stquant_jax.precision import Slots
+from stquant_jax.precision.policy import storable
 from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
 
 TREES = {
@@ -158,3 +162,53 @@ def test_policies_are_values():
     assert len({stquant.Fixed(5, 4), stquant.Fixed(5, 4), stquant.Fixed(5, 4, 3)}) == 2
     with pytest.raises(AttributeError):
         stquant.Budget(5.0).bits = 4.0
+
+
+# --- policies of one's own ---
+
+SLOTS = Slots(np.array([4, 4, 8, 8]), ("one", "one", "other", "other"))
+NU = SLOTS.moment == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"widths": 0, "windows": 1, "shrinkage": 1.0}, True),
+        ({"widths": 5}, False),  # more than there are rows
+        ({"widths": 9}, False),
+        ({"widths": -1}, False),
+        ({"windows": 0}, False),
+        ({"windows": 9}, False),
+        ({"shrinkage": 1.5}, False),
+        ({"shrinkage": float("nan")}, False),
+    ],
+    ids=str,
+)
+def test_storable(change, fits):
+    fixed = stquant.Fixed(5, 4)
+    plan = fixed.init(SLOTS, 0).plan
+    told = {name: jnp.where(NU, x, getattr(plan, name)) for name, x in change.items()}
+    assert storable(plan._replace(**told), SLOTS, fixed.rows(SLOTS, 0, 0)) == fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(stquant.Fixed):
+    """At every step it wants all codes of nu one bit wider."""
+
+    interval: int | None = 1
+
+    def decide(self, slots, rows, state, decays, count):
+        widths = state.plan.widths + jnp.asarray(slots.moment, jnp.int32)
+        return state._replace(plan=state.plan._replace(widths=widths))
+
+
+def test_a_plan_that_cannot_be_stored_shows_in_every_update():
+    params = {"one": jnp.ones((128, 128)), "bias": jnp.ones(8)}
+    tx = stquant.scale_by_adam_q(precision=Greedy(5, 4))
+    before = tx.init(params)
+    update = jax.jit(tx.update)
+    _, state = update(params, before)
+    updates, state = update(params, state)
+    chex.assert_trees_all_equal(state.precision.plan, before.precision.plan)
+    assert np.all(np.isnan(updates["one"])) and np.all(np.isfinite(updates["bias"]))

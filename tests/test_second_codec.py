@@ -180,3 +180,36 @@ def test_not_finite(width, bad):
     again = encode(decode(packed(new), width, 3).v, packed(new), 4, width, 3, *noise(1))
     assert np.asarray(again.scale).ravel()[5] == oracle.BASE_NOT_FINITE
     assert np.all(np.isfinite(again.v_used[..., others]))
+
+
+def product(rows, groups):
+    """v that is a factor per row, of octaves of its root, times one per group."""
+    return np.exp2(2 * (rows[None, :, None] + groups[None, None, :])).astype(np.float32)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_are_found_at_once(width):
+    """Of a product of rows and groups, out of zeros and wherever it goes from there: to a step of
+    the rows, and with codes one of theirs."""
+    random, turn = np.random.default_rng(0), 3
+    old = codes(width, lowest=0, highest=1)
+    for spread in (1.5, 0.5, 2.0):
+        v = product(spread * random.uniform(-1, 1, 32), random.uniform(-9, 9, GROUPS))
+        old = packed(encode(v, old, turn, width, 3, *noise()))
+        octaves = np.log2(np.asarray(decode(old, width, 3).sigma) / np.sqrt(v))
+        assert np.max(np.abs(octaves)) < 2 / 32 + (3 / 2**width if width else 0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_groups_that_come_alive_leave_rows_where_they_are(width):
+    """If they look as the rows say. What they are has nothing to do with having been zero."""
+    random = np.random.default_rng(0)
+    rows = random.integers(-64, 64, 32) / 32
+    some = product(rows, random.uniform(-9, 9, GROUPS))
+    some[..., ::3] = 0
+    old = packed(encode(some, codes(width, lowest=0, highest=1), 0, width, 3, *noise()))
+    v = np.asarray(decode(old, width, 3).v)
+    late = product(-np.asarray(old[2]).ravel() / 32, random.uniform(-9, 9, GROUPS))
+    new = encode(np.where(v > 0, v, late), old, 0, width, 3, *noise(1))
+    assert np.max(np.abs(np.asarray(new.row) - np.asarray(old[2]))) <= 1
+    np.testing.assert_array_equal(np.asarray(new.scale) > 0, True)

@@ -31,7 +31,9 @@ from stquant_jax.codecs.second import (
     ROW_PER_OCTAVE,
     Growth,
     base_of,
+    centring_step,
     drift_of,
+    factor_of,
     grown,
     last_code,
     log_share_of,
@@ -67,8 +69,8 @@ def update_tile(
     tile = Tile(geometry, s, stored, scratch)
     tile.fetch(gradients)
     energy, before, codes = tile.accumulate()
-    growth = grown(energy, tile.size, before, tile.nu_scale == 0)
-    tile.move_row(growth, codes)
+    growth = grown(energy, tile.size, before)
+    tile.move_rows(growth, codes)
     tile.fetch_params(out)
     highest = tile.step_codes(growth)
     decoded = tile.place_codes(highest, last_code(growth, s.lat))
@@ -154,7 +156,7 @@ class Tile:
             mu, v = self.geometry.rule.accumulate(self.gradient(i), mu, old.v, s.rule)
             scratch.mu[i] = mu
             scratch.drift[i] = drift_of(v, old.root)
-            return v, old.v, self.valid(i) * old.codes
+            return v, old.root * old.root * self.valid(i), self.valid(i) * old.codes
 
         def of_word(r):
             mu, nu = words.codes(scratch.mu_words, r), words.codes(scratch.nu_words, r)
@@ -163,29 +165,34 @@ class Tile:
         zero = vector(0.0)
         return fold(of_word, (jnp.add,) * 3, (zero, zero, zero))
 
-    def move_row(self, growth: Growth, codes: jax.Array) -> None:
-        """Let the row in turn follow its elements. Rows lie side by side, row i in lane i."""
+    def move_rows(self, growth: Growth, codes: jax.Array) -> None:
+        """Let all rows follow their elements, and centre the codes of the one in turn. Rows lie
+        side by side, row i in lane i."""
         s, scratch = self.s, self.scratch
 
         def living(x):
             """Sum over the lanes whose groups are neither zero nor unbounded."""
             return jnp.sum(jnp.where(growth.presence == 1.0, vector(x), 0.0))
 
-        valid = self.valid(s.turn)
-        here = living(valid)
+        def of_row(i, sums):
+            valid = self.valid(i)
+            factor = factor_of(scratch.drift[i] - growth.octaves)
+            found = living(jnp.where(valid > 0, factor, 0.0)), living(valid)
+            return tuple(
+                jnp.where(self.lane == i, x, so_far) for x, so_far in zip(found, sums, strict=True)
+            )
+
+        factors, here = lax.fori_loop(0, GROUP, of_row, (vector(0.0), vector(0.0)))
         code = to_float(words.code_at(scratch.nu_words, s.turn))
         code = jnp.where(self.nu_scale == 0, 0.0, code)
-        own = scratch.drift[s.turn] - growth.octaves
-        move = row_step(
-            here,
-            living(valid * code),
-            living(codes),
-            living(self.size) if self.geometry.ragged else here * GROUP,
-            living(jnp.where(valid > 0, own, 0.0)),
-            s.lat,
-            self.noise(s.turn, self.first_group).nu,
+        valid = self.valid(s.turn)
+        dither = self.noise(self.lane, self.first_group).nu
+        centred = centring_step(
+            living(valid * code), living(valid), living(codes), living(self.size), s.lat, dither
         )
-        moved = self.row + jnp.where((self.lane == s.turn) & (here > 0), move, 0.0)
+        move = row_step(factors, here, s.lat, dither)
+        move += jnp.where(self.lane == s.turn, centred, 0.0)
+        moved = self.row + jnp.where(here > 0, move, 0.0)
         # Which rows there are is what the tile's first lane says.
         count = jnp.clip(self.first_left, 0, GROUP)
         known = self.lane < count
@@ -201,7 +208,7 @@ class Tile:
         meet()
 
     def rows(self, what: int, i: jax.Array) -> jax.Array:
-        """What `move_row` found of row i."""
+        """What `move_rows` found of row i."""
         return lax.bitcast_convert_type(self.scratch.mu_words[what, i], jnp.float32)
 
     def fetch_params(self, params: Any) -> None:
@@ -221,7 +228,7 @@ class Tile:
         def element(i, nu_code):
             row, drift = self.rows(OLD, i), scratch.drift[i]
             old = self.second(nu_code, row, i)
-            down = (self.rows(NEW, i) - jnp.where(old.dead, 0.0, row)) * (1 / ROW_PER_OCTAVE)
+            down = (self.rows(NEW, i) - row) * (1 / ROW_PER_OCTAVE)
             own = drift - growth.octaves + down
             code = stepped(old.codes, own, s.lat, self.noise(i, self.group).nu)
             scratch.codes[i] = code

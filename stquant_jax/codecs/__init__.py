@@ -14,9 +14,9 @@ An encoder is a chain of formulas, elementwise or of a group, with reductions in
 element by element and makes the reductions itself.
 """
 
-from stquant_jax.codecs.anew import encode_second_anew
 from stquant_jax.codecs.blocks import Hold, Ops, by_halves, group_max, group_sum, lane_sum
 from stquant_jax.codecs.first import (
+    MU_NOT_FINITE,
     FirstCode,
     Levels,
     decode_first,
@@ -30,12 +30,14 @@ from stquant_jax.codecs.second import (
     SecondCode,
     decode_second,
     encode_second,
+    encode_second_anew,
     lattice,
     recode_second,
 )
 from stquant_jax.codecs.signed import decode_signed, encode_signed
 
 __all__ = [
+    "MU_NOT_FINITE",
     "FirstCode",
     "Hold",
     "Lattice",

@@ -29,8 +29,8 @@ BASE_NOT_FINITE = 2**16 - 1
 
 ROW_PER_OCTAVE = 32
 ROW_LAST = 2**8 - 1
-_ROW_MOST = 8.0  # steps a row may move at once
-_ROW_GAIN = 0.25  # of a row's distance from its tile that it makes up at once
+_CENTRED_MOST = 8.0  # steps that a row's codes may be centred by at once
+_CENTRED_PART = 0.25  # of their distance from the tile's that is made up at once
 
 
 class Lattice(NamedTuple):
@@ -51,14 +51,16 @@ def lattice(width: jax.Array, window: jax.Array, shrinkage: jax.Array) -> Lattic
 
 
 class Second(NamedTuple):
-    """A decoded second moment, with what encoding its successor needs."""
+    """A decoded second moment, with what encoding its successor needs.
+
+    A group of zeros has the shape that its rows tell: that is what it grows out of.
+    """
 
     v: jax.Array  # [..., 32, n], zero where absent
     sigma: jax.Array  # its root
-    log_root: jax.Array  # log2 of its root; 0 where absent
+    log_root: jax.Array  # log2 of its root; of its rows, where absent
     root: jax.Array  # 2**log_root
     codes: jax.Array  # float; 0 where absent
-    dead: jax.Array  # [..., 1, n] bool
 
 
 def decode_second(
@@ -79,12 +81,12 @@ def decode_second(
     base, present, depth = ops.hold(
         (base, presence(scale, BASE_NOT_FINITE), row * (1 / ROW_PER_OCTAVE))
     )
-    log_root = jnp.where(
-        dead, 0.0, jnp.maximum(base - depth - lat.delta * to_float(codes), BASE_LOWEST)
-    )
+    codes = jnp.where(dead, 0.0, to_float(codes))
+    log_root = jnp.where(dead, 0.0, base) - depth - lat.delta * codes
+    log_root = jnp.maximum(log_root, BASE_LOWEST)
     root = ops.hold(exp2(log_root))
     sigma = root * present * valid
-    return Second(sigma * sigma, sigma, log_root, root, jnp.where(dead, 0.0, to_float(codes)), dead)
+    return Second(sigma * sigma, sigma, log_root, root, codes)
 
 
 class SecondCode(NamedTuple):
@@ -111,29 +113,28 @@ def encode_second(
     coin: jax.Array,
     ops: Ops = Ops(),  # noqa: B008
 ) -> SecondCode:
-    """Move a group's lattice with its common growth and its elements by their own drift.
+    """Move a group's lattice with its common growth, rows with what their elements do beyond that,
+    and elements by their own drift.
 
     Args:
       v: new second moment float32[..., 32, n], zero where ``valid`` is.
       old: what ``v`` grew out of.
       row: rows that the old codes are relative to, float32[..., 32, 1].
-      turn: the row whose turn it is to move, 0..31, scalar.
+      turn: the row whose codes are centred, 0..31, scalar.
       dither: uniform on [0, 1) per element. coin: the same per group.
     """
     hold = ops.hold
     energy, count = group_sum(v, ops), group_sum(valid, ops)
-    growth = grown(energy, count, group_sum(old.v, ops), old.dead, ops)
+    growth = grown(energy, count, group_sum(old.root * old.root * valid, ops), ops)
     drift = hold(drift_of(v, old.root))
 
+    own = drift - growth.octaves
     in_turn = jax.lax.broadcasted_iota(jnp.int32, (GROUP, 1), 0) == turn
-    moved = _move_row(
-        old, drift - growth.octaves, row, turn, in_turn, valid, growth, lat, dither, ops
-    )
+    moved = _move_rows(old.codes, own, row, in_turn, valid, growth, lat, dither, ops)
     lowest = -group_max(jnp.where(valid[..., :1] > 0, -moved, -float(ROW_LAST)), ops)
     moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
-    moved, lifted = hold((moved, (moved - row) * (1 / ROW_PER_OCTAVE)))
-    down = jnp.where(old.dead, moved * (1 / ROW_PER_OCTAVE), lifted)
-    codes = hold(stepped(old.codes, drift - growth.octaves + down, lat, dither))
+    moved, down = hold((moved, (moved - row) * (1 / ROW_PER_OCTAVE)))
+    codes = hold(stepped(old.codes, own + down, lat, dither))
     highest = group_max(-codes, ops)
     row = moved - lowest
     highest, row, depth = hold((highest, row, row * (1 / ROW_PER_OCTAVE)))
@@ -158,6 +159,26 @@ def encode_second(
     )
 
 
+def encode_second_anew(
+    v: jax.Array,
+    valid: jax.Array,
+    lat: Lattice,
+    dither: jax.Array,
+    coin: jax.Array,
+    ops: Ops = Ops(),  # noqa: B008
+) -> SecondCode:
+    """Codes, scales and rows of a second moment float32[..., 32, n] of which nothing is stored.
+
+    Arguments as for `encode_second`. Groups keep their energy to the scale's rounding, elements
+    their root on average, but for those beyond the window.
+    """
+    nothing = jnp.zeros(v.shape, jnp.uint32)
+    row = jnp.zeros((*v.shape[:-1], 1), jnp.float32)
+    old = decode_second(nothing, nothing[..., :1, :], row, valid, lat, ops)
+    turn = jnp.int32(0)  # of any row, for codes of zero are centred
+    return encode_second(v, old, row, turn, valid, lat, dither, coin, ops)
+
+
 # --- the formulas of encode_second, in their order ---
 
 
@@ -175,15 +196,13 @@ def grown(
     energy: jax.Array,
     count: jax.Array,
     before: jax.Array,
-    was_dead: jax.Array,
     ops: Ops = Ops(),  # noqa: B008
 ) -> Growth:
-    """A group from its energy, its number of elements and its energy before."""
+    """A group from its energy, its number of elements and its energy before, that of its rows'
+    shape where it was zero."""
     finite = energy < jnp.inf
     dead = energy < TINY
     present = jnp.where(finite, jnp.where(dead, 0.0, 1.0), jnp.nan)
-    # A group that was absent starts from its own mean: every element at the base, no common growth.
-    before = jnp.where(was_dead, count, before)
     octaves = 0.5 * log2(jnp.maximum(energy, TINY) / jnp.maximum(before, TINY))
     log_mean = log2(jnp.clip(energy / count, TINY, 2.0**127))
     octaves, log_mean, present = ops.hold((octaves, log_mean, present))
@@ -195,11 +214,10 @@ def drift_of(v: jax.Array, root: jax.Array) -> jax.Array:
     return 0.5 * log2(jnp.maximum(v / (root * root), TINY))
 
 
-def _move_row(
-    old: Second,
+def _move_rows(
+    codes: jax.Array,
     own: jax.Array,
     row: jax.Array,
-    turn: jax.Array,
     in_turn: jax.Array,
     valid: jax.Array,
     growth: Growth,
@@ -207,46 +225,52 @@ def _move_row(
     dither: jax.Array,
     ops: Ops,
 ) -> jax.Array:
-    """Let one row of each tile follow its elements; in 32 steps every row has its turn."""
-
-    def one(x):
-        return ops.row(jnp.broadcast_to(x, own.shape), turn)
+    """Rows of each tile after a step."""
 
     def lane_sum(x):
         return jnp.sum(x, axis=-1, keepdims=True)
 
     weight = jnp.where(growth.presence == 1.0, valid, 0.0)
-    living = lane_sum(one(weight))
-    move = row_step(
-        living,
-        lane_sum(one(weight * old.codes)),
-        lane_sum(group_sum(weight * old.codes, ops)),
-        lane_sum(group_sum(weight, ops)),
-        lane_sum(one(jnp.where(weight > 0, own, 0.0))),
-        lat,
-        one(dither)[..., :1],
-    )
-    return row + jnp.where(in_turn & (living > 0), move, 0.0)
+    factor, coded = ops.hold((jnp.where(weight > 0, factor_of(own), 0.0), weight * codes))
+    living, coded = lane_sum(weight), lane_sum(coded)
+    tile = group_sum(coded, ops), group_sum(living, ops)
+    dither = dither[..., :1]
+    move = row_step(lane_sum(factor), living, lat, dither)
+    move += jnp.where(in_turn, centring_step(coded, living, *tile, lat, dither), 0.0)
+    return row + jnp.where(living > 0, move, 0.0)
 
 
-def row_step(
-    living: jax.Array,
+def factor_of(own: jax.Array) -> jax.Array:
+    """By how much an element's v grew more than its group's, from octaves of the root."""
+    return exp2(jnp.clip(2.0 * own, -126.0, 127.0))
+
+
+def row_step(factors: jax.Array, living: jax.Array, lat: Lattice, dither: jax.Array) -> jax.Array:
+    """Steps by which a row follows its elements, from the sum of factors over those that live.
+
+    It follows the mean of v, not of its logarithm: a row that one zero pulled down would make the
+    steps of all others too long. Without codes nobody else follows the elements, so it is rounded
+    stochastically. With codes, which are rounded again when a row moves, it is rounded to the
+    nearest: whole steps are taken, and the rest is left to the codes.
+    """
+    octaves = 0.5 * log2(jnp.maximum(factors / jnp.maximum(living, 1.0), TINY))
+    move = jnp.floor(jnp.where(lat.last > 0, 0.5, dither) - octaves * ROW_PER_OCTAVE)
+    return jnp.clip(move, -float(ROW_LAST), float(ROW_LAST))
+
+
+def centring_step(
     codes: jax.Array,
+    living: jax.Array,
     tile_codes: jax.Array,
     tile_living: jax.Array,
-    drift: jax.Array,
     lat: Lattice,
     dither: jax.Array,
 ) -> jax.Array:
-    """Steps that the row in turn moves, from sums over its living elements and over its tile's.
-
-    With codes, the row makes up part of the distance of its mean code from its tile's. Without, it
-    takes the drift of its elements, on average and 32 times over.
-    """
-    here = jnp.maximum(living, 1.0)
-    far = codes / here - tile_codes / jnp.maximum(tile_living, 1.0)
-    move = jnp.where(lat.last > 0, _ROW_GAIN * lat.delta * far, -GROUP * (drift / here))
-    return jnp.floor(jnp.clip(move * ROW_PER_OCTAVE, -_ROW_MOST, _ROW_MOST) + dither)
+    """Steps by which a row makes up part of the distance of its mean code from its tile's, from
+    sums over its living elements and over the tile's: none without codes."""
+    far = codes / jnp.maximum(living, 1.0) - tile_codes / jnp.maximum(tile_living, 1.0)
+    move = _CENTRED_PART * lat.delta * far * ROW_PER_OCTAVE
+    return jnp.floor(jnp.clip(move, -_CENTRED_MOST, _CENTRED_MOST) + dither)
 
 
 def stepped(codes: jax.Array, own: jax.Array, lat: Lattice, dither: jax.Array) -> jax.Array:

@@ -41,6 +41,16 @@ class Plan(NamedTuple):
     shrinkage: jax.Array  # float32, of nu's roots toward their prediction, in the update
 
 
+def storable(plan: Plan, slots: Slots, rows: int) -> jax.Array:
+    """bool[]: every code of a plan has a meaning, and the plan fits into so many rows."""
+    nu = slots.moment != MU
+    narrowest = np.where(nu, NU_WIDTHS[0], MU_WIDTHS[0])
+    sound = (plan.widths >= narrowest) & (plan.widths <= WIDEST)
+    sound &= ~nu | (plan.windows >= WINDOWS[0]) & (plan.windows <= WINDOWS[-1])
+    sound &= ~nu | (plan.shrinkage >= 0) & (plan.shrinkage <= 1)
+    return jnp.all(sound) & (jnp.sum(slots.tiles * plan.widths) <= rows)
+
+
 class PrecisionState(NamedTuple):
     """The part of the optimizer's state that a policy owns."""
 
@@ -119,6 +129,10 @@ class Policy:
         self, slots: Slots, rows: int, state: PrecisionState, decays: tuple, count: jax.Array
     ) -> PrecisionState:
         """The state with a new plan. Called under `jax.lax.cond` every ``interval`` steps.
+
+        Widths are 2 to 8 for mu and 0 to 8 for nu, windows 1 to 8, shrinkage 0 to 1, and the sum of
+        width x tiles is at most ``rows``. A plan that breaks this cannot be stored: the one before
+        stays, and all quantized moments become NaN.
 
         Args:
           slots, rows: as for `first_widths`; static.

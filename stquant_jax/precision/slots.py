@@ -29,7 +29,7 @@ class Slots:
       tiles: int[slots], rows of the arena that one bit of width costs.
       paths: leaf path of each slot.
       pins: pattern and widths (mu, nu) of leaves whose precision is given.
-      kinds: int[slots], `MU` or `NU`; None where they are pairs.
+      kinds: int[slots], 0 for mu and 1 for nu; None where they are pairs.
     """
 
     tiles: np.ndarray
