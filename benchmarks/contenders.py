@@ -148,24 +148,6 @@ def refreshed(contender: Contender, every: int) -> Contender:
     return dataclasses.replace(contender, make=make)
 
 
-# --- steps of another length ---
-
-
-def scaled(contender: Contender, factor: float) -> Contender:
-    """Its updates times a constant: another learning rate."""
-
-    def make():
-        tx = contender.make()
-
-        def update(grads, state, params=None):
-            updates, state = tx.update(grads, state, params)
-            return jax.tree.map(lambda u: factor * u, updates), state
-
-        return optax.GradientTransformation(tx.init, update)
-
-    return dataclasses.replace(contender, make=make)
-
-
 # --- all of them ---
 
 
@@ -190,7 +172,6 @@ def solo(bits: tuple[int, int]) -> Contender:
 
 
 BITS = tuple(BY_BYTES)
-LONGER = {5.0: 1.05, 3.5: 1.1}  # bits: a factor that makes up for what shrinkage takes of a step
 
 # The matrix: every one at every learning rate.
 MATRIX: Mapping[str, Contender] = {
@@ -202,9 +183,6 @@ MATRIX: Mapping[str, Contender] = {
     **{"SOLO {}/{}".format(*bits): solo(bits) for bits in SOLO},
     "STQuant 5.0": ours(stquant.STQuant(bits=5.0, interval=INTERVAL)),
     **{f"Fixed {mu}/{nu}": fixed(mu, nu) for mu, nu in BY_BYTES.values()},
-    **{
-        f"Budget {bits} x {factor}": scaled(budget(bits), factor) for bits, factor in LONGER.items()
-    },
 }
 
 # Questions of design, each at the best learning rate of float32. Those of the matrix go with them.

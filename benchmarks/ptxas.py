@@ -71,6 +71,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 PROCESSOR = {"shared": 233472, "registers": 65536, "warpgroups": 16}
 RESERVED = 1024  # bytes of shared memory that every block takes beside its own
 ELEMENTS = 32  # of a thread
+BARRIERS = 4  # of a sum over lanes
 
 # Leaf, dtype of gradients, and of parameters if the update is applied.
 KERNELS = {
@@ -139,11 +140,12 @@ def resources(assembler: str, mosaic: str) -> dict[str, int]:
     }
 
 
-def executed(disassembly: str) -> Counter[str]:
+def executed(disassembly: str, sums: int) -> Counter[str]:
     """Instructions that a thread executes for its 32 elements, by opcode.
 
-    Passes over a tile are nests of three loops of two. All other loops count once: those that wait
-    end at once, those over planes are unrolled by four.
+    Passes over a tile are nests of three loops of two. The loop with barriers is that over rows,
+    with so many sums over lanes for each. All other loops count once: those that wait end at once,
+    those over planes are unrolled by four.
     """
     code, labels = [], {}
     for line in disassembly.splitlines():
@@ -165,10 +167,15 @@ def executed(disassembly: str) -> Counter[str]:
             if nest[-1][1] - nest[-1][0] < 1.5 * (inner[1] - inner[0]):
                 passes.append(nest)
     assert len(passes) == 5, "passes over a tile"
+    opcodes = [re.split(r"[.\s]", text)[0] for text in code]
+    barriers = {loop: opcodes[loop[0] : loop[1] + 1].count("BAR") for loop in loops}
+    # But for the one around everything, which waits.
+    (rows,) = (x for x in loops if barriers[x] and not any(inside(y, x) for y in loops))
+    times = ELEMENTS * BARRIERS * sums // barriers[rows]
     counts = Counter()
-    for i, text in enumerate(code):
+    for i, opcode in enumerate(opcodes):
         depth = sum(first <= i <= last for nest in passes for first, last in nest)
-        counts[re.split(r"[.\s]", text)[0]] += 2**depth
+        counts[opcode] += 2**depth * (times if rows[0] <= i <= rows[1] else 1)
     return counts
 
 
@@ -195,7 +202,8 @@ def measure(name: str) -> dict[str, Any]:
     (mosaic,) = dump.glob("*.resources.txt")
     record |= resources(assembler.read_text(), mosaic.read_text())
     for disassembly in dump.glob("*.sass_ctrl"):
-        record |= per_element(executed(disassembly.read_text()))
+        sums = 2 if "ragged" in name else 1  # over factors, and living elements
+        record |= per_element(executed(disassembly.read_text(), sums))
     return record
 
 

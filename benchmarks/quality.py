@@ -42,14 +42,14 @@ from benchmarks.contenders import MATRIX, QUESTIONS, Contender
 from examples import train_clip, train_gpt, train_vit
 
 OUT = _io.RESULTS / "quality"
-LEARNING_RATES = {"gpt": (1e-3, 3e-3, 1e-2), "vit": (3e-4, 1e-3, 3e-3), "clip": (3e-4, 1e-3, 3e-3)}
+LEARNING_RATES = {"gpt": (1e-3, 3e-3, 1e-2), "vit": (1e-3, 3e-3, 1e-2), "clip": (1e-3, 3e-3, 1e-2)}
 CLOSE = "fp32", "Budget 5.0", "Budget 3.5"  # of which more seeds are run
 WEIGHT_DECAY = 0.1
 
 SMALL = {
     "gpt": train_gpt.Config(steps=400, layers=2, length=64),
-    "vit": train_vit.Config(steps=300, batch=32),
-    "clip": train_clip.Config(steps=300, batch=64),
+    "vit": train_vit.Config(steps=1000, batch=32, features=64),
+    "clip": train_clip.Config(steps=300, batch=64, features=64),
 }
 LARGE = {
     "gpt": train_gpt.Config(**train_gpt.PRESETS["gpt2"]),

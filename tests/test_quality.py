@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from benchmarks import formats, gain, quality
-from benchmarks.contenders import MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed, scaled
+from benchmarks.contenders import MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed
 
 PARAMS = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
 
@@ -69,11 +69,6 @@ def test_refreshed():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got[step], want
         )
-
-
-def test_scaled():
-    got, want = updates_of(scaled(exact(), 1.1), 2), updates_of(exact(), 2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 1.1 * b, rtol=1e-5), got, want)
 
 
 def test_names():

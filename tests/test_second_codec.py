@@ -170,6 +170,7 @@ def test_not_finite(width, bad):
     old = codes(width)
     v = np.array(decode(old, width, 3).v)
     fine = encode(v, old, 3, width, 3, *noise())
+    v = v.copy()  # the one that is given to `encode` may be read later
     v[0, 9, 5] = bad
     new = encode(v, old, 3, width, 3, *noise())
     scale = np.asarray(new.scale).ravel()

@@ -2,10 +2,10 @@
 of every plane.
 
 A group needs six reductions, each of which the next formula waits for, so a tile is gone over in
-five passes over its 32 elements. What passes share is kept in shared memory, in four arrays
-[32, 128], few enough for three tiles on a processor; what they can compute again from it they do.
-The formulas are those of `stquant_jax.codecs`, here of vectors of 128 lanes: elementwise ones
-element by element, ones of a group once.
+five passes over its 32 elements; a row needs one, over the lanes. What passes share is kept in
+shared memory, in four arrays [32, 128], few enough for three tiles on a processor; what they can
+compute again from it they do. The formulas are those of `stquant_jax.codecs`, here of vectors of
+128 lanes: elementwise ones element by element, ones of a group once.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,12 +177,15 @@ class Tile:
         def of_row(i, sums):
             valid = self.valid(i)
             factor = factor_of(scratch.drift[i] - growth.octaves)
-            found = living(jnp.where(valid > 0, factor, 0.0)), living(valid)
-            return tuple(
+            found = [living(jnp.where(valid > 0, factor, 0.0))]
+            found += [living(valid)] * self.geometry.ragged
+            return [
                 jnp.where(self.lane == i, x, so_far) for x, so_far in zip(found, sums, strict=True)
-            )
+            ]
 
-        factors, here = lax.fori_loop(0, GROUP, of_row, (vector(0.0), vector(0.0)))
+        zeros = [vector(0.0)] * (2 if self.geometry.ragged else 1)
+        factors, *here = lax.fori_loop(0, GROUP, of_row, zeros)
+        here = here[0] if self.geometry.ragged else vector(living(1.0))
         code = to_float(words.code_at(scratch.nu_words, s.turn))
         code = jnp.where(self.nu_scale == 0, 0.0, code)
         valid = self.valid(s.turn)

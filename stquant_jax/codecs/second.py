@@ -124,9 +124,9 @@ def encode_second(
       dither: uniform on [0, 1) per element. coin: the same per group.
     """
     hold = ops.hold
+    drift, before = hold((drift_of(v, old.root), old.root * old.root * valid))
     energy, count = group_sum(v, ops), group_sum(valid, ops)
-    growth = grown(energy, count, group_sum(old.root * old.root * valid, ops), ops)
-    drift = hold(drift_of(v, old.root))
+    growth = grown(energy, count, group_sum(before, ops), ops)
 
     own = drift - growth.octaves
     in_turn = jax.lax.broadcasted_iota(jnp.int32, (GROUP, 1), 0) == turn
