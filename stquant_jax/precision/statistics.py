@@ -38,8 +38,9 @@ _LEAST_SPREAD = 1e-4
 _CURIOSITY = 0.1
 
 # Squared error of the update that a moment costs in the closed loop at each width, over the
-# update's energy: what benchmarks/codec.py measures on its GPT and ViT streams, rounded. Policies
-# take from them how errors fall from width to width, and start with them.
+# update's energy: what benchmarks/codec.py measured on its GPT and ViT streams, rounded, before
+# rows moved at every step. Policies take from them how errors fall from width to width, and start
+# with them.
 MU_ERROR = (jnp.inf, jnp.inf, 0.34, 0.12, 0.0335, 0.0084, 0.0023, 0.00085, 0.0005)
 NU_NOISE = (jnp.inf, jnp.inf, 0.106, 0.0525, 0.0257, 0.0114, 0.0049, 0.0024, 0.0011)
 NU_SPREAD = 0.0547  # of v inside groups; where nu has no codes it is the error
