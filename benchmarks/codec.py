@@ -38,7 +38,7 @@ from benchmarks.formats import B1, B2, EPS, PEERS, Format
 FIRST = 150  # steps before which the moments are still filling up
 CHUNK = 50  # steps per compiled call
 WIDTHS = tuple((mu, nu) for mu in range(2, 9) for nu in range(9))
-WINDOWS = (2, 3, 4, 6, 8)
+WINDOWS = (1, 2, 3, 4)
 
 Tree = dict[str, Any]
 

@@ -21,7 +21,7 @@ from benchmarks import formats
 INTERVAL = 50  # of decisions: runs are short
 MIN_SIZE = 4096
 PEERS = {item.name: item for item in formats.PEERS}
-BY_BYTES = {5.0: (5, 4), 4.0: (5, 2), 3.5: (4, 2), 3.0: (5, 0), 2.5: (4, 0)}  # Fixed, all-in bits
+BY_BYTES = {5.0: (5, 4), 4.0: (5, 2), 3.5: (6, 0), 3.0: (5, 0), 2.5: (4, 0)}  # Fixed, all-in bits
 SOLO = {(4, 2): 0.8, (2, 2): stquant.solo_momentum(2, reference_bits=5)}  # bits: b1, by its authors
 
 

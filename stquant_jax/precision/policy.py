@@ -25,7 +25,7 @@ from stquant_jax.precision.tally import Tally, cleared, nothing_tallied, total
 
 WINDOWS = (1, 2, 3, 4, 6, 8)  # octaves that a lattice of nu may span
 # The window of nu that served best in the closed loop, by width 0..8.
-DEFAULT_WINDOW = (2, 2, 2, 3, 3, 3, 3, 3, 4)
+DEFAULT_WINDOW = (2, 2, 2, 2, 2, 2, 3, 3, 4)
 # How far an element's root is pulled to what its group and row predict, in the update: lattice
 # noise over noise plus spread, as found in the closed loop. By width 0..8.
 DEFAULT_SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
