@@ -186,7 +186,7 @@ def plot(rows: list[dict], path: Path) -> None:
     _, panels = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
     for panel, name in zip(panels[0], names, strict=True):
         here = [row for row in rows if row["stream"] == name and row["format"] != "fp32"]
-        ours = [row for row in here if "mu" in row]
+        ours = [row for row in here if "mu" in row and not row["window"]]
         if ours:
             best = front(ours)
             panel.plot(*_points(ours), ".", color="lightgray", zorder=0)

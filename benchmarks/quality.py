@@ -38,12 +38,13 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import _io
-from benchmarks.contenders import MATRIX, QUESTIONS, Contender
+from benchmarks.contenders import AGAINST, MATRIX, QUESTIONS, Contender
 from examples import train_clip, train_gpt, train_vit
 
 OUT = _io.RESULTS / "quality"
 LEARNING_RATES = {"gpt": (1e-3, 3e-3, 1e-2), "vit": (1e-3, 3e-3, 1e-2), "clip": (1e-3, 3e-3, 1e-2)}
-CLOSE = "fp32", "Budget 5.0", "Budget 3.5"  # of which more seeds are run
+# Of which more seeds are run.
+CLOSE = "fp32", "fp32, b1 0.8", "Budget 3.5", *dict.fromkeys(AGAINST.values()), *AGAINST
 WEIGHT_DECAY = 0.1
 
 SMALL = {
@@ -201,6 +202,23 @@ def summary(record: dict) -> list[dict]:
     return out
 
 
+def versus(record: dict) -> list[dict]:
+    """Of every format of another library: the loss of ours that it is held against less its own,
+    seed by seed, each at its own best rate."""
+    rows, out = record["results"], []
+    for names in AGAINST.items():
+        seeds = [complete(rows, name) for name in names]
+        if not all(seeds):
+            continue
+        rates = map(best_rate, (rows, rows), names, seeds)
+        theirs, ours = (losses(rows, *of) for of in zip(names, rates, strict=True))
+        both = sorted(theirs.keys() & ours.keys())
+        mean, half = interval([ours[seed] - theirs[seed] for seed in both])
+        row = {"format": names[0], "ours": names[1], "difference": mean, "half": half}
+        out.append(row | {"seeds": len(both)})
+    return out
+
+
 def answers(record: dict) -> dict[str, list[dict]]:
     """Of every question: losses of its formats at float32's best rate, and the differences."""
     rows = record["results"]
@@ -246,6 +264,11 @@ def show(name: str, record: dict) -> None:
     for contender, found in by_rate(record).items():
         table.add_row(contender, *(told(*found[lr]) if lr in found else "" for lr in rates))
     Console().print(table)
+    table = Table("format", "ours", "ours minus it", "seeds", title="other libraries' formats")
+    for row in versus(record):
+        difference = told(row["difference"], row["half"])
+        table.add_row(row["format"], row["ours"], difference, str(row["seeds"]))
+    Console().print(table)
     for question, rows in answers(record).items():
         table = Table("format", "minus fp32", "seeds", title=question)
         for row in rows:
@@ -260,18 +283,16 @@ def plot(records: dict[str, dict], path: Path) -> None:
     figure = Figure(figsize=(5 * len(records), 4.5), layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for panel, (name, record) in zip(panels, records.items(), strict=True):
-        rows = summary(record)
+        rows = [row for row in summary(record) if math.isfinite(row["difference"])]
         by_kind = {"Budget": "o-", "Fixed": "s:"}
         for kind, style in by_kind.items():
-            line = sorted(
-                (x for x in rows if x["format"].startswith(kind)), key=lambda x: x["bits"]
-            )
-            line = [x for x in line if math.isfinite(x["difference"])]
-            _points(panel, line, style, kind)
+            line = [x for x in rows if x["format"].startswith(kind) and "b1" not in x["format"]]
+            _points(panel, sorted(line, key=lambda x: x["bits"]), style, kind)
+        line = [x for x in rows if x["format"].startswith("Budget") and "b1" in x["format"]]
+        _points(panel, sorted(line, key=lambda x: x["bits"]), "o--", "Budget, b1 0.8")
         others = [x for x in rows if not x["format"].startswith((*by_kind, "fp32"))]
         for mark, row in zip("^vP*XdD", others, strict=False):
-            if math.isfinite(row["difference"]):
-                _points(panel, [row], mark, row["format"])
+            _points(panel, [row], mark, row["format"])
         panel.axhline(0, color="black", linewidth=1)
         panel.set(title=name, xlabel="bits per state element, all in")
         panel.set_yscale("symlog", linthresh=0.02)
@@ -345,7 +366,7 @@ def main() -> None:
     add("--preset", choices=PRESETS, default="cpu", help="sizes of models and lengths of runs")
     add("--formats", nargs="+", choices=MATRIX, help="of the matrix; default: all")
     add("--seeds", type=int, default=3, help="of every format at every learning rate")
-    add("--more", type=int, default=5, help=f"further seeds of {', '.join(CLOSE)}")
+    add("--more", type=int, default=5, help="further seeds of the formats in `CLOSE`")
     add("--questions", action=argparse.BooleanOptionalAction, default=True)
     add("--steps", type=int, help="other than the preset's")
     add("--show", action="store_true", help="train nothing")

@@ -210,6 +210,25 @@ def quality_() -> str:
     return _table(header, body) + "".join(map(_source, records.values()))
 
 
+def versus() -> str:
+    """Ours against every format of another library that takes more bits, on three tasks."""
+    records = _quality()
+    bits = {row["format"]: row["bits"] for row in quality.summary(records["gpt"])}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for task, record in records.items():
+        for row in quality.versus(record):
+            told = quality.told(row["difference"], row["half"])
+            here = cells.setdefault((row["format"], row["ours"]), {})
+            here[task] = f"{told} ({row['seeds']})"
+    body = [
+        [theirs, f"{bits[theirs]:.2f}", ours, f"{bits[ours]:.2f}"]
+        + [here.get(task, "") for task in records]
+        for (theirs, ours), here in cells.items()
+    ]
+    header = ["format", "bits", "ours", "bits", *records]
+    return _table(header, body) + "".join(map(_source, records.values()))
+
+
 def rates() -> str:
     """The same on the GPT, at the same learning rate as float32, for every rate."""
     record = _quality()["gpt"]
@@ -383,6 +402,7 @@ def render(text: str) -> str:
         "switch": switch,
         "wrapped": wrapped,
         "quality": quality_,
+        "versus": versus,
         "rates": rates,
         "gain": gain_,
         "questions": questions,

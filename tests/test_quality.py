@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from benchmarks import formats, gain, quality
-from benchmarks.contenders import MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed
+from benchmarks.contenders import AGAINST, MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed
 
 PARAMS = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
 
@@ -76,6 +76,7 @@ def test_names():
     names = [name for more in QUESTIONS.values() for name in more]
     assert len(set(names)) == len(names) and MATRIX.keys().isdisjoint(names)
     assert set(quality.CLOSE) <= MATRIX.keys()
+    assert set(AGAINST) | set(AGAINST.values()) <= MATRIX.keys()
 
 
 def test_interval():
@@ -123,6 +124,22 @@ def test_half_done():
     _, budget, narrow = quality.summary(found)
     assert budget["losses"] == [0.9, 1.3]
     assert (narrow["lr"], narrow["difference"], narrow["half"]) == (0.3, 0.25, None)
+
+
+def test_versus():
+    """Ours and theirs each at its own best rate, and none where a run is missing."""
+    theirs, ours = next(iter(AGAINST.items()))
+    found = record()
+    found["results"] = [row for row in found["results"] if row["format"] in ("fp32", ours)]
+    for lr, values in {0.1: (1.0, 1.0, 1.3), 0.3: (3.0, 3.0, 3.0)}.items():
+        for seed, loss in enumerate(values):
+            row = {"format": theirs, "lr": lr, "seed": seed, "val_loss": loss, "bits": 8.0}
+            found["results"].append(row)
+    assert quality.versus(record()) == []
+    (row,) = quality.versus(found)
+    assert (row["format"], row["ours"], row["seeds"]) == (theirs, ours, 3)
+    assert row["difference"] == pytest.approx(0)  # -0.1, 0.3, -0.2
+    assert row["half"] == pytest.approx(4.303 * math.sqrt(0.07) / math.sqrt(3), rel=1e-3)
 
 
 def test_by_rate():
