@@ -91,13 +91,19 @@ def refit(slots: Slots, rows: int, widths: np.ndarray) -> np.ndarray:
 
 
 def _by_gain() -> list[tuple[int, int, int]]:
-    """Steps (moment, width, next width) by the fall of error per bit, on the convex hulls."""
+    """Steps (moment, width, next width) by the fall of error per bit, on the convex hulls.
+
+    What lies between two widths of a hull has the gain from one to the other: all slots take the
+    first step there before any takes the second. A moment without codes cannot be measured, so a
+    policy does better with few bits everywhere than with many here and none there.
+    """
     steps = []
     nu_error = {w: 1 / (1 / NU_NOISE[w] + 1 / NU_SPREAD) for w in NU_WIDTHS}
     for moment, errors in ((MU, {w: MU_ERROR[w] for w in MU_WIDTHS}), (NU, nu_error)):
-        for width, wider in itertools.pairwise(_hull(errors)):
-            gain = (errors[width] - errors[wider]) / (wider - width)
-            steps.append((gain, moment, width, wider))
+        for low, high in itertools.pairwise(_hull(errors)):
+            gain = (errors[low] - errors[high]) / (high - low)
+            between = itertools.pairwise([w for w in errors if low <= w <= high])
+            steps += [(gain, moment, width, wider) for width, wider in between]
     return [step[1:] for step in sorted(steps, key=lambda step: (-step[0], step[2]))]
 
 
