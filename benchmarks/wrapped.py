@@ -4,7 +4,7 @@ The model, the corpus and the settings of examples/train_gpt.py, but fewer steps
 are trained on the same batches from the same weights; further seeds of Optax's show the noise.
 
     python -m benchmarks.wrapped                      # resumes where it stopped
-    python -m benchmarks.wrapped --pairs 3            # more of the quantized ones
+    python -m benchmarks.wrapped --pairs 3            # one more of the quantized ones
     python -m benchmarks.wrapped --steps 20 --seeds 1 --out /tmp/wrapped
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="of Optax's own")
-    parser.add_argument("--pairs", type=int, default=1, help="of them with a quantized run")
+    parser.add_argument("--pairs", type=int, default=2, help="of them with a quantized run")
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, help="of the optimizers")
     parser.add_argument("--out", type=Path, default=_io.RESULTS / "wrapped")
     args = parser.parse_args()
