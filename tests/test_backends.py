@@ -186,7 +186,12 @@ def test_fused_update(backend):
             new, state = step(grads, state, new)
         results.append((new, state))
     (want, want_state), (new, state) = results
-    np.testing.assert_array_equal(state[0].arena, want_state[0].arena)
+    # The last bit of a group's energy may be rounded otherwise, and now and then its scale with it,
+    # which moves the codes of mu that are measured by it.
+    groups = np.not_equal(state[0].nu_scale, want_state[0].nu_scale)
+    assert groups.sum() <= 1e-3 * groups.size
+    words = np.not_equal(state[0].arena, want_state[0].arena)
+    assert words.sum() <= 16 * groups.sum()
     for name, p in new.items():
         assert p.dtype == params[name].dtype
         # An update of up to two, then the sum's own rounding. A border between two bfloat16 numbers

@@ -219,9 +219,11 @@ def test_steps_by_definition(bits):
             np.testing.assert_allclose(new.mu_scale, mu.scale, rtol=1e-5)
             np.testing.assert_allclose(new.nu_scale, nu.scale, rtol=1e-5)
             np.testing.assert_allclose(new.nu_alpha, nu.alpha, rtol=1e-4)
-            for got, one in ((new.mu, mu), (new.nu, nu)):
-                finite = np.isfinite(one.scale)
-                same_codes(got[finite], one.codes[finite], one.margin[finite])
+            # Of elements that are all alike, but for last bits, all levels of v are the same.
+            alike = (nu.alpha > 1 - BORDER) & (nu.scale > 0)
+            mu_told, nu_told = np.isfinite(mu.scale), np.isfinite(nu.scale) & ~alike
+            for got, one, told in ((new.mu, mu, mu_told), (new.nu, nu, nu_told)):
+                same_codes(got[told], one.codes[told], one.margin[told])
             for planes, codes, width in zip(
                 (state.mu[name], state.nu[name]), (new.mu, new.nu), bits, strict=True
             ):
