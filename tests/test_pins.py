@@ -165,7 +165,7 @@ def test_exact_leaf():
     assert "exact" in str(report) and "pinned" in str(report)
     assert head.bytes == 8 * 64 * 128
     assert states[0].mu_scale.shape[0] == 2 * 2  # tiles of the layers' kernels
-    adam = optax.scale_by_adam(np.float32(0.9), np.float32(0.999))  # decays as ours holds them
+    adam = optax.scale_by_adam()
     state, step = adam.init(PARAMS), jax.jit(adam.update)
     for seed, update in enumerate(updates):
         want, state = step(gradient(seed), state)
