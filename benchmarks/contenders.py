@@ -183,7 +183,7 @@ MATRIX: Mapping[str, Contender] = {
     **{"SOLO {}/{}".format(*bits): solo(bits) for bits in SOLO},
     "STQuant 5.0": ours(stquant.STQuant(bits=5.0, interval=INTERVAL)),
     **{f"Fixed {mu}/{nu}": fixed(mu, nu) for mu, nu in BY_BYTES.values()},
-    # With the b1 of SOLO, which is better here whatever the format: to be compared with it.
+    # With the b1 of SOLO, which is better on two tasks whatever the format: to be compared with it.
     "fp32, b1 0.8": exact(0.8),
     **{f"Budget {bits}, b1 0.8": budget(bits, 0.8) for bits in (3.0, 2.25)},
 }
