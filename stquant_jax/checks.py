@@ -1,16 +1,15 @@
 """Checks at the public border: messages name the argument, what it got and what is accepted."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from stquant_jax.arena import slot_tiles
+from stquant_jax.finding import is_state
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.precision import Fixed, Policy, PrecisionState, Slots
@@ -124,57 +123,6 @@ def check_xla_only(storage: Storage, what: str) -> None:
             f"Storage(row_alignment={storage.row_alignment}) with {what}: expected None, only "
             "kernels need one"
         )
-
-
-# What the state of `scale_by_adam_q` has: its class lives a floor above.
-_FIELDS = ("count", "arena", "mu_scale", "nu_scale", "nu_row", "exact", "precision")
-
-
-def is_placeholder(params: Any) -> bool:
-    """Not parameters, but what `optax.tree_utils.tree_map_params` gives to ``init`` to see where
-    they end up in the state."""
-    seen: list[Any] = []
-
-    def init(placeholder: Any) -> Any:
-        seen.append(placeholder)
-        return ()
-
-    optax.tree_utils.tree_map_params(init, lambda x: x, ())
-    return isinstance(params, type(seen[0]))
-
-
-def is_state(x: Any) -> bool:
-    """x is the state of `scale_by_adam_q` itself, not one that contains it."""
-    return all(hasattr(x, field) for field in _FIELDS)
-
-
-def find_state(state: Any) -> Any:
-    """The one `ScaleByAdamQState` in an optimizer's state, or the state itself.
-
-    Raises:
-      ValueError: it holds none, or several.
-    """
-    return find_the_one(state, is_state, "ScaleByAdamQState that init returned")
-
-
-def find_the_one(state: Any, is_one: Callable[[Any], bool], kind: str) -> Any:
-    """The one node of a kind in an optimizer's state, or the state itself.
-
-    Raises:
-      ValueError: it holds none, or several.
-    """
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"state is {type(state).__name__}: expected the {kind}, or an optimizer's state that "
-            f"holds one of it, not {len(found) or 'none'}"
-        )
-    return found[0]
-
-
-def replaced(state: Any, is_one: Callable[[Any], bool], new: Any) -> Any:
-    """An optimizer's state with `find_the_one`'s node replaced."""
-    return jax.tree.map(lambda x: new if is_one(x) else x, state, is_leaf=is_one)
 
 
 def check_moments(name: str, moments: Any, params: Any) -> None:

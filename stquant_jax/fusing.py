@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from stquant_jax.apply import Apply
-from stquant_jax.checks import check_arrays, check_mask, check_rate, is_state
+from stquant_jax.checks import check_arrays, check_mask, check_rate
+from stquant_jax.finding import is_state
 from stquant_jax.transform import ScaleByAdamQ
 
 

@@ -17,12 +17,9 @@ from stquant_jax.checks import (
     check_moments,
     check_precision,
     check_state,
-    find_state,
-    find_the_one,
-    is_state,
-    replaced,
 )
 from stquant_jax.devices import mesh_of, per_device, spec_of, whole_replicas
+from stquant_jax.finding import find_state, find_the_one, is_state, replaced
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.moments import decode_leaf, encode_leaf, slots_of
 from stquant_jax.planning import layout_for

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from stquant_jax import arena as rows
 from stquant_jax.backends import settle
-from stquant_jax.checks import check_concrete, check_precision, check_state, find_state
+from stquant_jax.checks import check_concrete, check_precision, check_state
+from stquant_jax.finding import find_state
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planning import (
     capacity_for,

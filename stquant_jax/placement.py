@@ -6,8 +6,9 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from stquant_jax.checks import check_precision, check_state, find_state, is_state
+from stquant_jax.checks import check_precision, check_state
 from stquant_jax.devices import shardings, spec_of
+from stquant_jax.finding import find_state, is_state
 from stquant_jax.layout import Storage
 from stquant_jax.ownership import name_of, owned_leaves
 from stquant_jax.planning import layout_for

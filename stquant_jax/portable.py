@@ -16,16 +16,9 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
-from stquant_jax.checks import (
-    check_concrete,
-    check_like,
-    check_precision,
-    check_state,
-    find_state,
-    is_state,
-    replaced,
-)
+from stquant_jax.checks import check_concrete, check_like, check_precision, check_state
 from stquant_jax.devices import divided, mesh_of, per_device, shardings
+from stquant_jax.finding import find_state, is_state, replaced
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.moments import slots_of
 from stquant_jax.placement import state_shardings

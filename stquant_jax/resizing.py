@@ -9,15 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from stquant_jax import arena as rows
 from stquant_jax.backends.repack import repack
-from stquant_jax.checks import (
-    check_concrete,
-    check_precision,
-    check_state,
-    find_state,
-    is_state,
-    replaced,
-)
+from stquant_jax.checks import check_concrete, check_precision, check_state
 from stquant_jax.devices import mesh_of, per_device, shardings
+from stquant_jax.finding import find_state, is_state, replaced
 from stquant_jax.layout import Layout, Storage
 from stquant_jax.planning import capacity_for, layout_for, rows_for, slots_for
 from stquant_jax.precision import Plan, Policy, PrecisionState

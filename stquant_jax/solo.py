@@ -19,14 +19,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
-from stquant_jax.checks import (
-    check_hyperparameters,
-    check_mask,
-    check_rate,
-    check_xla_only,
-    is_placeholder,
-)
+from stquant_jax.checks import check_hyperparameters, check_mask, check_rate, check_xla_only
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
+from stquant_jax.finding import is_placeholder
 from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, narrowed, to_float, widened
 from stquant_jax.planes import GROUP, LANES

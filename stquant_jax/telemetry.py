@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stquant_jax.checks import check_arrays, find_state
+from stquant_jax.checks import check_arrays
+from stquant_jax.finding import find_state
 from stquant_jax.precision.statistics import distortion
 
 

@@ -13,7 +13,7 @@ PACKAGE = "stquant_jax"
 
 # From the ground up: a module imports from lower floors alone.
 FLOORS = (
-    {"numerics", "planes", "ownership", "programs", "peers"},
+    {"numerics", "planes", "ownership", "programs", "finding", "peers"},
     {"layout", "noise", "rounding", "sharding"},
     {"places", "shards", "devices", "codecs", "arena", "blocks"},
     {"rules", "precision", "apply"},
