@@ -1,5 +1,6 @@
 """What the loops of the XLA backend share."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,9 +45,10 @@ def holder(always: jax.Array) -> Hold:
 
     XLA's fusion computes cheap values again for every use, here whole chains of them, and reads a
     slice of a buffer after the buffer was written, for which it has to copy the buffer. It does
-    neither across a conditional.
+    neither across a conditional. The other branch returns the value too, which costs no code; the
+    barrier keeps XLA from finding both alike.
     """
-    return lambda x: lax.cond(always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x)
+    return lambda x: lax.cond(always, lambda x: x, lax.optimization_barrier, x)
 
 
 def over_tiles(
@@ -55,12 +57,14 @@ def over_tiles(
     """``body(size, first tile, carry)`` over ``tiles`` tiles (traced), those of one of the layout's
     leaves or none, in chunks, then one by one.
 
-    Where chunks leave no rest of any leaf, there is one body to compile.
+    Where chunks leave no rest of any leaf, there is one body to compile: so it is where all leaves
+    are shorter than a chunk, which is then as long as divides them all.
     """
-    chunk = min(CHUNK, layout.tiles)
+    lengths = [leaf.tiles for leaf in layout.quantized]
+    chunk = CHUNK if max(lengths) >= CHUNK else math.gcd(*lengths)
     whole = tiles // chunk
     carry = lax.fori_loop(0, whole, lambda i, c: body(chunk, i * chunk, c), carry)
-    if all(leaf.tiles % chunk == 0 for leaf in layout.quantized):
+    if all(length % chunk == 0 for length in lengths):
         return carry
     return lax.fori_loop(whole * chunk, tiles, lambda i, c: body(1, i, c), carry)
 

@@ -93,7 +93,7 @@ def step(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops(hold)
         )
 
-        sums = jnp.stack([lane_sum(term) for term in hold(terms)], axis=-1)
+        sums = lane_sum(hold(jnp.stack(terms))).T
         new_planes = [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
         return Buffers(
             put(b.data, update, at),
