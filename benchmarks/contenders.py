@@ -155,6 +155,11 @@ def exact(b1: float = 0.9) -> Contender:
     return Contender(functools.partial(optax.scale_by_adam, b1))
 
 
+def stretched(factor: float) -> Contender:
+    """float32 Adam whose every step is longer by this factor."""
+    return Contender(lambda: optax.chain(optax.scale_by_adam(), optax.scale(factor)))
+
+
 def ours(precision: stquant.Policy, b1: float = 0.9) -> Contender:
     return Contender(functools.partial(stquant.scale_by_adam_q, b1, precision=precision))
 
@@ -198,6 +203,8 @@ AGAINST = {
 }
 
 # Questions of design, each at the best learning rate of float32. Those of the matrix go with them.
+# The one of a step's length, a yardstick of all differences, has their number of seeds.
+LENGTH = "a step's length"
 QUESTIONS: Mapping[str, Mapping[str, Contender]] = {
     "an error in m, or one in v": {
         f"{kind} off by {error}": noisy(kind, error) for error in (0.1, 0.3, 1.0) for kind in "mv"
@@ -219,5 +226,6 @@ QUESTIONS: Mapping[str, Mapping[str, Contender]] = {
         "Budget 3.0, anew": refreshed(budget(3.0), 100),
         "Budget 2.5, anew": refreshed(budget(2.5), 100),
     },
+    LENGTH: {"fp32, 3% shorter": stretched(0.97), "fp32, 3% longer": stretched(1.03)},
     "where it breaks": {"Budget 2.0": budget(2.0), "Fixed 2/0": fixed(2, 0)},
 }  # fmt: skip

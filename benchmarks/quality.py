@@ -38,7 +38,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import _io
-from benchmarks.contenders import AGAINST, MATRIX, QUESTIONS, Contender
+from benchmarks.contenders import AGAINST, LENGTH, MATRIX, QUESTIONS, Contender
 from examples import train_clip, train_gpt, train_vit
 
 OUT = _io.RESULTS / "quality"
@@ -327,6 +327,9 @@ def plan(name: str, args: argparse.Namespace, rows: list[dict]) -> Iterator[tupl
             for contenders in QUESTIONS.values():
                 for contender in contenders:
                     yield contender, rate, seed
+        for seed in range(args.seeds, args.seeds + args.more) if rate else ():
+            for contender in QUESTIONS[LENGTH]:
+                yield contender, rate, seed
 
 
 def train(name: str, args: argparse.Namespace) -> dict:

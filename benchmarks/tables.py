@@ -286,19 +286,25 @@ def memory_() -> str:
 
 
 def peers_() -> str:
-    """Error of the other libraries' own optimizers, and the least of ours in no more bits."""
+    """Error and time of the other libraries' own optimizers, and the least error of ours in no more
+    bits."""
     record, body = _io.read_json(_io.RESULTS / "peers.json"), []
     for stream in dict.fromkeys(row["stream"] for row in record["results"]):
         for pair in peers.standing(record["results"], stream):
             theirs, ours = pair["library"], pair["ours"]
-            cells = [stream, theirs["name"], f"{theirs['bits']:.2f}", f"{theirs['error']:.3g}"]
+            cells = [stream, theirs["name"], f"{theirs['bits']:.2f}", *_error_and_time(theirs)]
             if ours:
                 ratio = theirs["error"] / ours["error"]
-                cells += [ours["name"], f"{ours['bits_held']:.2f}", f"{ours['error']:.3g}"]
+                cells += [ours["name"], f"{ours['bits_held']:.2f}", *_error_and_time(ours)]
                 cells.append(f"{ratio:.1f}")
-            body.append(cells + [""] * (8 - len(cells)))
-    header = ["stream", "optimizer", "bits", "error", "ours", "bits", "error", "ratio"]
-    return _table(header, body) + _source(record)
+            body.append(cells + [""] * (10 - len(cells)))
+    told = ["bits", "error", "ms"]
+    return _table(["stream", "optimizer", *told, "ours", *told, "ratio"], body) + _source(record)
+
+
+def _error_and_time(row: dict) -> tuple[str, str]:
+    seconds = row["seconds_per_step"]
+    return f"{row['error']:.3g}", "" if seconds is None else f"{1e3 * seconds:.2g}"
 
 
 def _quality() -> dict[str, dict]:

@@ -107,9 +107,10 @@ def test_tiles_that_only_align():
     assert all(np.all(np.isfinite(x)) for x in sums)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_the_chunk_does_not_matter(chunk, monkeypatch):
-    """The sums are the same to the bit, whatever number of tiles is computed together."""
+    """The sums are the same to the bit, whatever number of tiles is computed together, where the
+    longest leaf has ten."""
     state, g = common.init(common.zeros()), common.gaussian()
     _, state = common.update(g, state)
     decays = np.float32([0.9, 0.999])
