@@ -193,13 +193,15 @@ MATRIX: Mapping[str, Contender] = {
     **{f"Budget {bits}, b1 0.8": budget(bits, 0.8) for bits in (3.0, 2.25)},
 }
 
-# What other libraries' formats are held against: ours of fewer bits, with as good a b1.
+# What other libraries' formats are held against, and float32 with another b1: ours of fewer bits,
+# with as good a b1.
 AGAINST = {
     "FlashOptim 8-bit": "Budget 5.0",
     "bitsandbytes 8-bit": "Budget 5.0",
     "torchao 4-bit": "Budget 4.0",
     "SOLO 4/2": "Budget 3.0, b1 0.8",
     "SOLO 2/2": "Budget 2.25, b1 0.8",
+    "fp32, b1 0.8": "Budget 2.25, b1 0.8",
 }
 
 # Questions of design, each at the best learning rate of float32. Those of the matrix go with them.

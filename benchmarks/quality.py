@@ -44,7 +44,7 @@ from examples import train_clip, train_gpt, train_vit
 OUT = _io.RESULTS / "quality"
 LEARNING_RATES = {"gpt": (1e-3, 3e-3, 1e-2), "vit": (1e-3, 3e-3, 1e-2), "clip": (1e-3, 3e-3, 1e-2)}
 # Of which more seeds are run.
-CLOSE = "fp32", "fp32, b1 0.8", "Budget 3.5", *dict.fromkeys(AGAINST.values()), *AGAINST
+CLOSE = tuple(dict.fromkeys(("fp32", "Budget 3.5", *AGAINST.values(), *AGAINST)))
 WEIGHT_DECAY = 0.1
 
 SMALL = {
@@ -203,8 +203,8 @@ def summary(record: dict) -> list[dict]:
 
 
 def versus(record: dict) -> list[dict]:
-    """Of every format of another library: the loss of ours that it is held against less its own,
-    seed by seed, each at its own best rate."""
+    """Of every format in `AGAINST`: the loss of ours that it is held against less its own, seed by
+    seed, each at its own best rate."""
     rows, out = record["results"], []
     for names in AGAINST.items():
         seeds = [complete(rows, name) for name in names]
@@ -264,7 +264,7 @@ def show(name: str, record: dict) -> None:
     for contender, found in by_rate(record).items():
         table.add_row(contender, *(told(*found[lr]) if lr in found else "" for lr in rates))
     Console().print(table)
-    table = Table("format", "ours", "ours minus it", "seeds", title="other libraries' formats")
+    table = Table("format", "ours", "ours minus it", "seeds", title="ours against others")
     for row in versus(record):
         difference = told(row["difference"], row["half"])
         table.add_row(row["format"], row["ours"], difference, str(row["seeds"]))

@@ -207,7 +207,7 @@ def quality_() -> str:
         for name, here in cells.items()
     ]
     header = ["format", "bits", *records]
-    return _table(header, body) + "".join(map(_source, records.values()))
+    return _table(header, body) + "".join(dict.fromkeys(map(_source, records.values())))
 
 
 def versus() -> str:
@@ -226,7 +226,7 @@ def versus() -> str:
         for (theirs, ours), here in cells.items()
     ]
     header = ["format", "bits", "ours", "bits", *records]
-    return _table(header, body) + "".join(map(_source, records.values()))
+    return _table(header, body) + "".join(dict.fromkeys(map(_source, records.values())))
 
 
 def rates() -> str:
