@@ -77,6 +77,7 @@ def _run(precision: stquant.Policy, state, steps: tuple[Tree, Tree]):
 def measure(precision: stquant.Policy, stream: Tree, exact: Tree, label: str) -> dict[str, Any]:
     """Error from `FIRST` on, bits, and the history of widths, estimates and errors."""
     params = {path: jnp.zeros(g.shape[1:]) for path, g in stream.items()}
+    jax.clear_caches()  # of programs that are not run again: a process can map only so many
     start, state = time.perf_counter(), transform(precision).init(params)
     stored = sum(x.nbytes for x in jax.tree.leaves(state))
     history = []
