@@ -65,7 +65,7 @@ STAGES = {
     **dict.fromkeys(("_refresh", "decide", "halve", "widen"), "decide and repack"),
 }
 # Functions that only hold others: what is theirs alone goes by these names.
-HOLDERS = {"update": "set-up", "step": "set-up"}
+HOLDERS = dict.fromkeys(("update", "step", "call", "local", "_update"), "set-up")
 LOOPS = ("update_leaf", "over_tiles", "update_chunk", "update_block")
 HOLDERS |= dict.fromkeys(LOOPS, "loop control")
 NAMELESS = "other ops of XLA's own"  # without source line
