@@ -321,15 +321,11 @@ def plan(name: str, args: argparse.Namespace, rows: list[dict]) -> Iterator[tupl
         for contender in CLOSE:
             if rate := best_rate(rows, contender, args.seeds):
                 yield contender, rate, seed
-    if name == "gpt" and args.questions:
-        rate = best_rate(rows, "fp32", args.seeds)
-        for seed in range(args.seeds) if rate else ():
-            for contenders in QUESTIONS.values():
-                for contender in contenders:
+    if name == "gpt" and args.questions and (rate := best_rate(rows, "fp32", args.seeds)):
+        for seed in range(args.seeds + args.more):
+            for question, contenders in QUESTIONS.items():
+                for contender in contenders if seed < args.seeds or question == LENGTH else ():
                     yield contender, rate, seed
-        for seed in range(args.seeds, args.seeds + args.more) if rate else ():
-            for contender in QUESTIONS[LENGTH]:
-                yield contender, rate, seed
 
 
 def train(name: str, args: argparse.Namespace) -> dict:

@@ -207,7 +207,7 @@ def quality_() -> str:
         for name, here in cells.items()
     ]
     header = ["format", "bits", *records]
-    return _table(header, body) + "".join(dict.fromkeys(map(_source, records.values())))
+    return _table(header, body) + _source(*records.values())
 
 
 def versus() -> str:
@@ -226,7 +226,7 @@ def versus() -> str:
         for (theirs, ours), here in cells.items()
     ]
     header = ["format", "bits", "ours", "bits", *records]
-    return _table(header, body) + "".join(dict.fromkeys(map(_source, records.values())))
+    return _table(header, body) + _source(*records.values())
 
 
 def rates() -> str:
@@ -386,12 +386,16 @@ def _table(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _source(record: dict) -> str:
-    env = record["environment"]
-    command = " ".join(env["command"].split()[:3])
-    versions = ", ".join(f"{name} {env[name]}" for name in ("python", "jax", "optax"))
-    machine = f"{env['cpu']}, {env['cores']} cores"
-    return f"\n`{command}`, {machine}, {versions}, {env['date'][:10]}."
+def _source(*records: dict) -> str:
+    """What made a table's records, on what machine, with which versions and when: a line for all
+    that are alike."""
+    lines = []
+    for env in (record["environment"] for record in records):
+        command = " ".join(env["command"].split()[:3])
+        versions = ", ".join(f"{name} {env[name]}" for name in ("python", "jax", "optax"))
+        machine = f"{env['cpu']}, {env['cores']} cores"
+        lines.append(f"\n`{command}`, {machine}, {versions}, {env['date'][:10]}.")
+    return "".join(dict.fromkeys(lines))
 
 
 def render(text: str) -> str:

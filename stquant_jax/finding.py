@@ -4,23 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 # What the state of `scale_by_adam_q` has: its class lives a floor above.
 _FIELDS = ("count", "arena", "mu_scale", "nu_scale", "nu_row", "exact", "precision")
-
-
-def is_placeholder(params: Any) -> bool:
-    """Not parameters, but what `optax.tree_utils.tree_map_params` gives to ``init`` to see where
-    they end up in the state."""
-    seen: list[Any] = []
-
-    def init(placeholder: Any) -> Any:
-        seen.append(placeholder)
-        return ()
-
-    optax.tree_utils.tree_map_params(init, lambda x: x, ())
-    return isinstance(params, type(seen[0]))
 
 
 def is_state(x: Any) -> bool:

@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from stquant_jax.blocks import BLOCK, decode_mu, decode_nu, encode_mu, encode_nu, pack, unpack
 from stquant_jax.checks import check_hyperparameters, check_mask, check_rate, check_xla_only
 from stquant_jax.devices import mesh_of, part_specs, per_device, spec_of, whole_replicas
-from stquant_jax.finding import is_placeholder
 from stquant_jax.layout import Layout, Leaf, Storage
 from stquant_jax.numerics import hash32, narrowed, to_float, widened
 from stquant_jax.planes import GROUP, LANES
@@ -137,7 +136,7 @@ def scale_by_solo(
         return _state(count, treedef, leaves)
 
     def init(params: optax.Params) -> ScaleBySoloState:
-        if is_placeholder(params):  # no field is a tree of arrays shaped like them
+        if _is_placeholder(params):  # no field is a tree of arrays shaped like them
             fields: Any = ScaleBySoloState._fields
             return ScaleBySoloState(*fields)
         here = whereabouts.at_init(params)
@@ -351,6 +350,19 @@ def _part_number(leaf: Leaf) -> jax.Array:
 
 
 # --- checks ---
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Not parameters, but what `optax.tree_utils.tree_map_params` gives to ``init`` to see where
+    they end up in the state."""
+    seen: list[Any] = []
+
+    def init(placeholder: Any) -> Any:
+        seen.append(placeholder)
+        return ()
+
+    optax.tree_utils.tree_map_params(init, lambda x: x, ())
+    return isinstance(params, type(seen[0]))
 
 
 def _check_arguments(b1: Any, b2: Any, eps: Any, bits: Any, quantile: Any, storage: Any) -> None:
