@@ -1,4 +1,5 @@
-"""Settings of all tests: reproducible examples, nothing read from an earlier run.
+"""Settings of all tests: reproducible examples, nothing read from an earlier run; a program that many
+tests need alike is compiled once.
 
 Blocks of Python in the README and in docs/ are tests too: those of a page run one after the other,
 in one namespace.
@@ -7,6 +8,7 @@ in one namespace.
 import doctest
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -22,7 +24,12 @@ hypothesis.settings.register_profile(
     max_examples=25,
 )
 hypothesis.settings.load_profile("suite")
-jax.config.update("jax_enable_compilation_cache", False)
+# Those that took long are kept for all processes of this run, in a folder that goes with it.
+if "STQUANT_TESTS_PROGRAMS" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="stquant-tests-")
+    os.environ["STQUANT_TESTS_PROGRAMS"] = folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ["STQUANT_TESTS_PROGRAMS"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # Devices to make meshes of.
 jax.config.update("jax_num_cpu_devices", 8)
 # libtpu, where it is installed to compile for TPUs, is loaded by each process of pytest-xdist.

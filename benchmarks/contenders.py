@@ -205,8 +205,8 @@ AGAINST = {
 }
 
 # Questions of design, each at the best learning rate of float32. Those of the matrix go with them.
-# The one of a step's length, a yardstick of all differences, has their number of seeds.
-LENGTH = "a step's length"
+# Those of `FINE`, yardsticks of all small differences, have as many seeds as these.
+FINE = LENGTH, LITTLE = "a step's length", "little error, and next to none"
 QUESTIONS: Mapping[str, Mapping[str, Contender]] = {
     "an error in m, or one in v": {
         f"{kind} off by {error}": noisy(kind, error) for error in (0.1, 0.3, 1.0) for kind in "mv"
@@ -229,5 +229,6 @@ QUESTIONS: Mapping[str, Mapping[str, Contender]] = {
         "Budget 2.5, anew": refreshed(budget(2.5), 100),
     },
     LENGTH: {"fp32, 3% shorter": stretched(0.97), "fp32, 3% longer": stretched(1.03)},
+    LITTLE: {"m off by 0.03": noisy("m", 0.03), "Fixed 8/8": fixed(8, 8)},
     "where it breaks": {"Budget 2.0": budget(2.0), "Fixed 2/0": fixed(2, 0)},
 }  # fmt: skip

@@ -61,8 +61,8 @@ def extra_bytes(backend: str, gradient: float = 4, param: float | None = None) -
     """Bytes per element that a backend moves beside `step_bytes`, for a leaf of whole tiles.
 
     * XLA: gradients are laid out tile by tile in a buffer, the loop overwrites it with updates, and
-      these are laid out as the leaf: six times a gradient is read or written, not twice. The buffer
-      is float32 where updates are applied. What the loop carries from one operation to the next is
+      these are laid out as the leaf, or what lay there before: seven times a gradient is read or
+      written, not twice. The buffer is float32 where updates are applied. What the loop carries from one operation to the next is
       a chunk at a time, in cache.
     * TPU: rows of nu are bytes in the state and int32 in the kernel; XLA converts them before and
       after.
@@ -71,7 +71,7 @@ def extra_bytes(backend: str, gradient: float = 4, param: float | None = None) -
     statistics = 2 * 16 * 4 / TILE
     if backend == "xla":
         if param is None:
-            return 4 * gradient + statistics
+            return 5 * gradient + statistics
         buffer = (gradient + 4) + (4 + 4) + (4 + 2 * param) - (gradient + 2 * param)
         return buffer + statistics
     if backend == "pallas_tpu":

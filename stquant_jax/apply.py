@@ -67,20 +67,31 @@ def apply_quantized(
     layout: Layout, storage: Storage, count: jax.Array, updates: list[jax.Array], apply: Apply
 ) -> list[jax.Array]:
     """The quantized leaves' new parameters: what any backend's step returns in place of updates."""
+    return [
+        apply_leaf(layout, storage, count, i, p, u, apply)
+        for i, (p, u) in enumerate(zip(apply.params, updates, strict=True))
+    ]
 
-    def bits_of(index):
+
+def apply_leaf(
+    layout: Layout,
+    storage: Storage,
+    count: jax.Array,
+    index: int,
+    p: jax.Array,
+    u: jax.Array,
+    apply: Apply,
+) -> jax.Array:
+    """New parameters of the quantized leaf of this index."""
+    bits = None
+    if apply.rounds(p):
         leaf = layout.quantized[index]
         place = Place.of(leaf, start_of(leaf.cut))
         group, _ = place.of_tiles(jnp.int32(0), leaf.tiles, ragged=False)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
-        return from_tiles(
-            rounding_bits(keys_of(storage.seed, jnp.int32(index), count), group, element), leaf
-        )
-
-    return [
-        apply_block(p, u, apply.rate, decay, bits_of(i) if apply.rounds(p) else None)
-        for i, (p, u, decay) in enumerate(zip(apply.params, updates, apply.decay, strict=True))
-    ]
+        keys = keys_of(storage.seed, jnp.int32(index), count)
+        bits = from_tiles(rounding_bits(keys, group, element), leaf)
+    return apply_block(p, u, apply.rate, apply.decay[index], bits)
 
 
 def apply_exact(

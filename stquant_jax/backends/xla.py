@@ -1,9 +1,9 @@
 """The reference backend: one table-driven loop over all chunks of all leaves, the arena updated in
 place.
 
-Gradients are laid out tile by tile in one buffer, which the loop overwrites with the updates. Per
-chunk: read planes, compute, write planes. Nothing reads the arena after a write of the same chunk,
-or XLA would copy the arena.
+Gradients are laid out tile by tile in a buffer, wave by wave, which the loop overwrites with the
+updates. Per chunk: read planes, compute, write planes. Nothing reads the arena after a write of the
+same chunk, or XLA would copy the arena.
 """
 
 from functools import partial, reduce
@@ -15,11 +15,12 @@ from jax import lax
 
 from stquant_jax import arena as rows
 from stquant_jax import planes
-from stquant_jax.apply import Apply, apply_quantized
+from stquant_jax.apply import Apply, apply_leaf
 from stquant_jax.backends.fused import Codes, no_sums, slot_numbers, update_block
 from stquant_jax.backends.loops import Table, holder, over_tiles, put
+from stquant_jax.backends.waves import Waves
 from stquant_jax.codecs import Ops, lane_sum
-from stquant_jax.layout import Layout, Storage, from_tiles, to_tiles
+from stquant_jax.layout import Layout, Storage
 from stquant_jax.noise import dither, keys_of
 from stquant_jax.planes import GROUP, LANES
 from stquant_jax.precision import Plan, Sums
@@ -29,7 +30,7 @@ from stquant_jax.rules import Adam, AdamScalars
 class Buffers(NamedTuple):
     """What the loop carries: every array is updated in place."""
 
-    data: jax.Array  # [tiles, 32, 128] gradients in, updates out
+    data: jax.Array  # [tiles of a wave, 32, 128] gradients in, updates out
     packed: rows.Packed
     sums: jax.Array  # [tiles, statistics]
 
@@ -58,19 +59,21 @@ def step(
     numbers = slot_numbers(plan)
     hold = holder(count > 0)
     ragged = any(leaf.ragged for leaf in leaves)
+    waves = Waves(layout)
+    in_buffer = jnp.array(waves.first_tile, jnp.int32)
 
     def update_chunk(leaf: jax.Array, size: int, tile: jax.Array, b: Buffers) -> Buffers:
         mu, nu = 2 * leaf, 2 * leaf + 1
         spans = [
             rows.Span(offsets[slot] + tile, widths[slot], table.tiles[leaf]) for slot in (mu, nu)
         ]
-        at = table.first[leaf] + tile
+        at, here = table.first[leaf] + tile, in_buffer[leaf] + tile
 
         # All that is read of the buffers is read here, before anything is written.
         old_packed = b.packed
         g, mu_planes, nu_planes, mu_scale, nu_scale, nu_row = hold(
             (
-                lax.dynamic_slice_in_dim(b.data, at, size),
+                lax.dynamic_slice_in_dim(b.data, here, size),
                 *(rows.read_planes(old_packed.arena, span, size) for span in spans),
                 lax.dynamic_slice_in_dim(old_packed.mu_scale, at, size),
                 lax.dynamic_slice_in_dim(old_packed.nu_scale, at, size),
@@ -96,7 +99,7 @@ def step(
         sums = lane_sum(hold(jnp.stack(terms))).T
         new_planes = [hold(planes.pack(codes)) for codes in (new.mu, new.nu)]
         return Buffers(
-            put(b.data, update, at),
+            put(b.data, update, here),
             rows.Packed(
                 rows.write_planes(old_packed.arena, spans, new_planes),
                 put(old_packed.mu_scale, new.mu_scale[:, 0], at),
@@ -116,17 +119,20 @@ def step(
     # Born when the gradients are: a buffer that depends on nothing XLA may make at the start of the
     # training step, where it lies beside all that the backward pass keeps.
     come = reduce(jnp.logical_or, (g[(0,) * g.ndim] != 0 for g in grads), count > 0)
-    data = holder(come)(lax.empty((layout.tiles, GROUP, LANES), dtype))
-    for g, leaf, start in zip(grads, leaves, layout.first_tile, strict=True):
-        data = lax.dynamic_update_slice_in_dim(data, to_tiles(g.astype(dtype), leaf), start, 0)
+    data = holder(come)(lax.empty((waves.tiles, GROUP, LANES), dtype))
     sums = hold(lax.empty((layout.tiles, len(Sums._fields)), jnp.float32))
-    b = lax.fori_loop(0, len(leaves), update_leaf, Buffers(data, packed, sums))
-    updates = [
-        from_tiles(b.data[first : first + leaf.tiles], leaf)
-        for leaf, first in zip(leaves, layout.first_tile, strict=True)
-    ]
-    if apply is None:
-        updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
-    else:
-        updates = apply_quantized(layout, storage, count, updates, apply)
-    return updates, b.packed, Sums(*b.sums.T)
+
+    def finish(index: int, update: jax.Array, old: jax.Array) -> jax.Array:
+        if apply is None:
+            return update.astype(old.dtype)
+        return apply_leaf(layout, storage, count, index, old, update, apply)
+
+    def update_wave(wave: jax.Array, carry: tuple) -> tuple:
+        out, b = carry
+        data = waves.load(wave, b.data, out if apply is None else grads)
+        b = lax.fori_loop(*waves.ends(wave), update_leaf, b._replace(data=data))
+        return waves.unload(wave, out, b.data, finish), b
+
+    out, b = list(grads if apply is None else apply.params), Buffers(data, packed, sums)
+    out, b = lax.fori_loop(0, len(waves.leaves), update_wave, (out, b))
+    return out, b.packed, Sums(*b.sums.T)

@@ -1,0 +1,80 @@
+"""The XLA loop's waves: the gradients of some leaves at a time lie in tiles."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stquant_jax as stquant
+from stquant_jax.backends import waves
+from stquant_jax.backends.waves import Waves
+from stquant_jax.layout import layout_of
+from tests import common
+
+ADAMW = stquant.adamw(1e-2, precision=stquant.Fixed(5, 4))
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
+def test_waves(tiles):
+    """Every leaf is in one wave, in order; none is larger than it has to be."""
+    found = Waves(SimpleNamespace(quantized=[SimpleNamespace(tiles=n) for n in tiles])).leaves
+    assert [i for wave in found for i in wave] == list(range(len(tiles))) and all(map(len, found))
+    held = [sum(tiles[i] for i in wave) for wave in found]
+    room = max(waves.LEAST, *tiles, -(-sum(tiles) // waves.WAVES))
+    assert max(held) <= room
+    # Two neighbours would not have fitted into one.
+    assert all(a + tiles[wave.start] > room for a, wave in zip(held, found[1:], strict=False))
+    assert len(found) <= 2 * waves.WAVES
+
+
+def run(step, dtypes):
+    params = {
+        name: jnp.ones(shape, dtypes.get(name, jnp.float32))
+        for name, shape in common.SHAPES.items()
+    }
+    state, step = ADAMW.init(params), jax.jit(step)
+    for seed in range(3):
+        g = {k: jnp.asarray(x, params[k].dtype) for k, x in common.gaussian(seed=seed).items()}
+        params, state = step(g, state, params)
+    return params, state
+
+
+def applied(g, state, params):
+    return stquant.fused_update(ADAMW, g, state, params, stochastic_rounding=True)
+
+
+@pytest.mark.parametrize(
+    "step, dtypes",
+    [(ADAMW.update, {}), (applied, {"embed": jnp.bfloat16})],
+    ids=["update, float32", "applied, two dtypes"],
+)
+def test_bits(step, dtypes, monkeypatch):
+    """Updates or parameters and the state are the same bits in one wave and in many."""
+    want = run(step, dtypes)
+    jax.clear_caches()
+    monkeypatch.setattr(waves, "LEAST", 1)
+    got = run(step, dtypes)
+    jax.clear_caches()
+    assert len(Waves(layout_of(want[0], stquant.Storage())).leaves) > 2
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(
+    "step, donated", [(ADAMW.update, (0, 1)), (applied, (1, 2))], ids=["update", "applied"]
+)
+def test_memory(step, donated, monkeypatch):
+    """What a step needs beside its arguments, of which it keeps the memory, is a part of the
+    gradients; of leaves in either order of their axes none is copied."""
+    monkeypatch.setattr(waves, "LEAST", 1)
+    shapes = {f"w{i}": (256, 1024) if i % 2 else (1024, 256) for i in range(16)}
+    params = common.zeros(shapes)
+    state = ADAMW.init(params)
+    program = jax.jit(step, donate_argnums=donated).lower(params, state, params).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= common.nbytes(params)
+    assert memory.temp_size_in_bytes < 0.25 * common.nbytes(params)
