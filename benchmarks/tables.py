@@ -258,7 +258,11 @@ def questions() -> str:
     record = _quality()["gpt"]
     rate = quality.best_rate(record["results"], "fp32", quality.complete(record["results"], "fp32"))
     body = [
-        [question if i == 0 else "", row["format"], quality.told(row["difference"], row["half"])]
+        [
+            question if i == 0 else "",
+            row["format"],
+            f"{quality.told(row['difference'], row['half'])} ({row['seeds']})",
+        ]
         for question, rows in quality.answers(record).items()
         for i, row in enumerate(rows)
     ]
