@@ -1,5 +1,5 @@
-"""Settings of all tests: reproducible examples, nothing read from an earlier run; a program that many
-tests need alike is compiled once.
+"""Settings of all tests: reproducible examples, nothing read from an earlier run; a program that
+many tests need alike is compiled once.
 
 Blocks of Python in the README and in docs/ are tests too: those of a page run one after the other,
 in one namespace.

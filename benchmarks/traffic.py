@@ -62,8 +62,8 @@ def extra_bytes(backend: str, gradient: float = 4, param: float | None = None) -
 
     * XLA: gradients are laid out tile by tile in a buffer, the loop overwrites it with updates, and
       these are laid out as the leaf, or what lay there before: seven times a gradient is read or
-      written, not twice. The buffer is float32 where updates are applied. What the loop carries from one operation to the next is
-      a chunk at a time, in cache.
+      written, not twice. The buffer is float32 where updates are applied. What the loop carries
+      from one operation to the next is a chunk at a time, in cache.
     * TPU: rows of nu are bytes in the state and int32 in the kernel; XLA converts them before and
       after.
     * All: up to 16 statistics of each tile are written, and tallied by XLA.

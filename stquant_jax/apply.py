@@ -82,12 +82,13 @@ def apply_leaf(
     u: jax.Array,
     apply: Apply,
 ) -> jax.Array:
-    """New parameters of the quantized leaf of this index."""
+    """New parameters of the quantized leaf of this index, in step ``count``, 1 at least."""
     bits = None
     if apply.rounds(p):
         leaf = layout.quantized[index]
         place = Place.of(leaf, start_of(leaf.cut))
-        group, _ = place.of_tiles(jnp.int32(0), leaf.tiles, ragged=False)
+        # From tile 0 on, which XLA does not know: positions alone it would hash before a loop.
+        group, _ = place.of_tiles((count < 1).astype(jnp.int32), leaf.tiles, ragged=False)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
         keys = keys_of(storage.seed, jnp.int32(index), count)
         bits = from_tiles(rounding_bits(keys, group, element), leaf)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stquant_jax.backends.loops import holder
 from stquant_jax.layout import Layout, from_tiles, to_tiles
 
 # So many waves at most, or twice, and none of less than so many tiles, 4 MB: each is compiled.
@@ -60,9 +61,9 @@ class Waves:
 
         def put(leaves, now, data):
             for i in leaves:
-                # Or XLA lays out the gradients of all waves before the first of them.
-                g = jnp.where(now, grads[i], jnp.zeros_like(grads[i]))
-                tiles = to_tiles(g.astype(data.dtype), self.layout.quantized[i])
+                # Or XLA converts and lays out the gradients of all waves before the first of them.
+                g = holder(now)(grads[i]).astype(data.dtype)
+                tiles = to_tiles(g, self.layout.quantized[i])
                 data = lax.dynamic_update_slice_in_dim(data, tiles, self.first_tile[i], 0)
             return data
 
@@ -75,16 +76,16 @@ class Waves:
         wave: jax.Array,
         out: list[jax.Array],
         data: jax.Array,
-        finish: Callable[[int, jax.Array, jax.Array], jax.Array],
+        finish: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> list[jax.Array]:
-        """``out``, an array per leaf, with ``finish(index, update, old)`` in place of those of a
-        wave, whose updates are in the buffer."""
+        """``out``, an array per leaf, with ``finish(index, update, old, now)`` in place of those of
+        a wave, whose updates are in the buffer; ``now`` holds, and XLA does not know it."""
 
         def take(leaves, now, old):
             taken = []
             for i, x in zip(leaves, old, strict=True):
                 leaf, first = self.layout.quantized[i], self.first_tile[i]
-                new = finish(i, from_tiles(data[first : first + leaf.tiles], leaf), x)
+                new = finish(i, from_tiles(data[first : first + leaf.tiles], leaf), x, now)
                 # Or XLA has the array in the order of tiles in memory, and copies it there before.
                 taken.append(jnp.where(now, new, x))
             return taken

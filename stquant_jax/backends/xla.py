@@ -122,10 +122,12 @@ def step(
     data = holder(come)(lax.empty((waves.tiles, GROUP, LANES), dtype))
     sums = hold(lax.empty((layout.tiles, len(Sums._fields)), jnp.float32))
 
-    def finish(index: int, update: jax.Array, old: jax.Array) -> jax.Array:
+    def finish(index: int, update: jax.Array, old: jax.Array, now: jax.Array) -> jax.Array:
         if apply is None:
             return update.astype(old.dtype)
-        return apply_leaf(layout, storage, count, index, old, update, apply)
+        # Or XLA draws the noise of all waves before the first of them.
+        step = jnp.where(now, count, 0)
+        return apply_leaf(layout, storage, step, index, old, update, apply)
 
     def update_wave(wave: jax.Array, carry: tuple) -> tuple:
         out, b = carry
