@@ -277,14 +277,15 @@ def memory_() -> str:
     """Bytes of a whole training step, and how much of what the state saves the peak saves."""
     record = _io.read_json(_io.RESULTS / "memory.json")
     body = []
-    for (platform, model, batch, layers, _), found in memory.settings(record["results"]):
+    for (platform, model, batch, layers, params), found in memory.settings(record["results"]):
+        of = ", ".join([model, layers, *([params] if params != "float32" else [])])
         base = found.get(memory.BASE, {})
         for name, row in found.items():
             if "peak" not in row or "peak" not in base:
                 continue
             cells = [f"{row[key] / 2**20:,.0f}" for key in ("state", "temporaries", "peak")]
             share = "" if name == memory.BASE else f"{memory.realized(row, base):.1%}"
-            body.append([platform, f"{model}, {layers}", str(batch), name, *cells, share])
+            body.append([platform, of, str(batch), name, *cells, share])
     header = ["compiled for", "model", "batch", "optimizer", "state, MiB", "temporaries", "peak"]
     return _table([*header, "of the saving"], body) + _source(record)
 
