@@ -67,6 +67,7 @@ STAGES = {
 # Functions that only hold others: what is theirs alone goes by these names.
 HOLDERS = dict.fromkeys(("update", "step", "call", "local", "_update"), "set-up")
 LOOPS = ("update_leaf", "over_tiles", "update_chunk", "update_block")
+LOOPS += ("update_wave", "load", "lay", "unload", "take", "finish", "_in_place_if")
 HOLDERS |= dict.fromkeys(LOOPS, "loop control")
 NAMELESS = "other ops of XLA's own"  # without source line
 XLAS_OWN = {"copy": "copies of XLA's own", "broadcast": "fills of XLA's own"}

@@ -59,7 +59,7 @@ class Waves:
     def load(self, wave: jax.Array, data: jax.Array, grads: list[jax.Array]) -> jax.Array:
         """The buffer, [tiles, 32, 128], with a wave's gradients."""
 
-        def put(leaves, now, data):
+        def lay(leaves, now, data):
             for i in leaves:
                 # Or XLA converts and lays out the gradients of all waves before the first of them.
                 g = holder(now)(grads[i]).astype(data.dtype)
@@ -68,7 +68,7 @@ class Waves:
             return data
 
         for i, leaves in enumerate(self.leaves):
-            data = _in_place_if(wave == i, partial(put, leaves), data)
+            data = _in_place_if(wave == i, partial(lay, leaves), data)
         return data
 
     def unload(
