@@ -1,6 +1,8 @@
 """What the quality benchmark trains with, and what it makes of losses."""
 
 import math
+from argparse import Namespace
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,17 @@ import optax
 import pytest
 
 from benchmarks import formats, gain, quality
-from benchmarks.contenders import AGAINST, MATRIX, PEERS, QUESTIONS, exact, noisy, peer, refreshed
+from benchmarks.contenders import (
+    AGAINST,
+    FINE,
+    MATRIX,
+    PEERS,
+    QUESTIONS,
+    exact,
+    noisy,
+    peer,
+    refreshed,
+)
 
 PARAMS = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
 
@@ -147,6 +159,33 @@ def test_by_rate():
     assert found["Budget 3.5"] == {0.1: (-0.5, None)}
     assert found["Budget 5.0"][0.1] == pytest.approx((-1, 0.248), abs=1e-3)  # -1.1, -0.9, -1
     assert found["Budget 5.0"][0.3] == (math.inf, None)
+
+
+def test_plan():
+    """Every format is tried at every rate; those that are compared have more seeds, each at its own
+    best rate; questions are asked at that of float32. Resumed, the plan is the same."""
+    best = dict(zip(MATRIX, quality.LEARNING_RATES * len(MATRIX), strict=False))
+    args = Namespace(formats=None, seeds=2, more=3, questions=4)
+    rows, runs = [], []
+    for name, lr, seed in quality.plan("gpt", args, rows):
+        runs.append((name, lr, seed))
+        loss = 1.0 + (lr != best.get(name, lr)) + 0.1 * seed
+        rows.append({"format": name, "lr": lr, "seed": seed, "val_loss": loss, "bits": 5.0})
+    assert max(Counter(runs).values()) == 1
+    assert runs == list(quality.plan("gpt", args, rows))
+
+    matrix = {
+        (name, lr, seed) for name in MATRIX for lr in quality.LEARNING_RATES for seed in (0, 1)
+    }
+    more = {(name, best[name], seed) for name in quality.CLOSE for seed in (2, 3, 4)}
+    asked = {
+        (name, best["fp32"], seed)
+        for question, names in QUESTIONS.items()
+        for name in names
+        for seed in range(5 if question in FINE else 4)
+    }
+    assert set(runs) == matrix | more | asked
+    assert set(quality.plan("vit", args, rows)) == matrix | more
 
 
 def test_answers():
