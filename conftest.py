@@ -30,7 +30,7 @@ if "STQUANT_TESTS_PROGRAMS" not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="stquant-tests-")
     os.environ["STQUANT_TESTS_PROGRAMS"] = folder.name
 jax.config.update("jax_compilation_cache_dir", os.environ["STQUANT_TESTS_PROGRAMS"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 # Devices to make meshes of.
 jax.config.update("jax_num_cpu_devices", 8)
 # libtpu, where it is installed to compile for TPUs, is loaded by each process of pytest-xdist.
