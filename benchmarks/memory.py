@@ -15,6 +15,7 @@ Parameters are float32 unless --params says bfloat16. Arithmetic is bfloat16 on 
 a CPU, whose XLA would make float32 copies of all that is not. Layers are scanned, each leaf that of
 all blocks, or unrolled, a leaf for each block. A TPU's compiler orders a program by time and looks
 after memory only where it is scarce: what a step saves shows in batches that nearly fill the chip.
+Where it is not, even the order of a step's results counts, parameters or the state first.
 
     python -m benchmarks.memory                       # resumes where it stopped; compiles for all
     python -m benchmarks.memory --models gpt2 --platforms cpu --batches 1 8
@@ -234,6 +235,7 @@ class Row:
     batch: int
     layers: str
     params: str
+    first: str  # of what a step returns: "params" or "state"
     optimizer: str
 
     @property
@@ -264,7 +266,7 @@ def program_of(row: Row) -> tuple[Callable, tuple[Any, Any, Any], tuple[Callable
     def step(params, state, batch):
         value, grads = jax.value_and_grad(loss)(params, batch)
         params, state = update(grads, state, params)
-        return params, state, value
+        return (params, state, value) if row.first == "params" else (state, params, value)
 
     params = params_of(model, row.layers == "unrolled", jnp.dtype(row.params))
     return step, (params, jax.eval_shape(init, params), batch_of(model, row.batch)), (init, update)
@@ -300,10 +302,12 @@ def measure(row: Row, run: bool = False) -> dict[str, Any]:
     }
     if row.platform == "device":
         found["device"] = jax.devices()[0].device_kind
-    return found | (device_statistics(compiled, args, init) if run else {})
+    return found | (device_statistics(compiled, args, init, row.first) if run else {})
 
 
-def device_statistics(compiled: Any, args: tuple[Any, Any, Any], init: Callable) -> dict[str, Any]:
+def device_statistics(
+    compiled: Any, args: tuple[Any, Any, Any], init: Callable, first: str
+) -> dict[str, Any]:
     """The most that this process has had on the device, before and after some steps.
 
     Raises:
@@ -322,7 +326,8 @@ def device_statistics(compiled: Any, args: tuple[Any, Any, Any], init: Callable)
     jax.block_until_ready((params, state, batch))
     before = device.memory_stats()
     for _ in range(STEPS):
-        params, state, loss = compiled(params, state, batch)
+        *new, loss = compiled(params, state, batch)
+        params, state = new if first == "params" else reversed(new)
     jax.block_until_ready((params, state, loss))
     after = device.memory_stats()
     return {
@@ -385,7 +390,7 @@ def settings(results: dict[str, Any]) -> Iterator[tuple[tuple, dict[str, dict[st
 
 def show(results: dict[str, Any]) -> Table:
     """A row per program."""
-    table = Table("platform, model, batch, layers, params", "optimizer")
+    table = Table("platform, model, batch, layers, params, first", "optimizer")
     for name in ("params", "state", "arguments", "aliased", "temporaries", "peak", "reported"):
         table.add_column(f"{name}, MB", justify="right")
     table.add_column("realized, %", justify="right")
@@ -429,8 +434,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.invert_yaxis()
         axes.tick_params(labelsize=7)
-        platform, model, batch, layers, params = setting
-        axes.set_title(f"{model}, {platform}, batch {batch}, {layers}, {params}", fontsize=8)
+        platform, model, batch, layers, params, first = setting
+        title = f"{model}, {platform}, batch {batch}, {layers}, {params}"
+        axes.set_title(title + ", state first" * (first == "state"), fontsize=8)
         axes.set_xlabel("GB", fontsize=7)
         if i == 0:
             axes.legend(fontsize=6)
@@ -462,7 +468,9 @@ def default_rows() -> list[Row]:
         *(("cpu", name, 64, "scanned", "float32", PAIR) for name in ("vit-b16", "vit-l16")),
         *(("v5e", "gpt2-medium", batch, "scanned", "float32", PAIR) for batch in (16, 24)),
     ]
-    rows = [Row(*setting, name) for *setting, names in todo for name in names]
+    rows = [Row(*setting, "params", name) for *setting, names in todo for name in names]
+    turned = [row for row in rows if (row.platform, row.model) == ("v5e", "gpt2-medium")]
+    rows += [dataclasses.replace(row, first="state") for row in turned]
     return list(dict.fromkeys(rows))
 
 
@@ -472,11 +480,12 @@ def main() -> None:
     )
     add = parser.add_argument
     platforms = ("cpu", "device", *aot.TOPOLOGIES)
-    add("--platforms", nargs="+", choices=platforms, help="with any of these five: all products")
+    add("--platforms", nargs="+", choices=platforms, help="with any of these six: all products")
     add("--models", nargs="+", choices=MODELS, help="default gpt2")
     add("--batches", nargs="+", type=int, help="sequences or images, default 8")
     add("--layers", nargs="+", choices=("scanned", "unrolled"), help="default scanned")
     add("--params", nargs="+", choices=("float32", "bfloat16"), help="default float32")
+    add("--first", nargs="+", choices=("params", "state"), help="result, default params")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, help="default all")
     add("--limit", type=float, default=600.0, help="seconds for a program, default 600")
     add("--run", action="store_true", help="run it, too, with --platforms device")
@@ -494,9 +503,9 @@ def main() -> None:
         return
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the workers'
     rows = default_rows()
-    choices = args.platforms, args.models, args.batches, args.layers, args.params
+    choices = args.platforms, args.models, args.batches, args.layers, args.params, args.first
     if any(choices):
-        defaults = ["cpu"], ["gpt2"], [8], ["scanned"], ["float32"]
+        defaults = ["cpu"], ["gpt2"], [8], ["scanned"], ["float32"], ["params"]
         chosen = [choice or default for choice, default in zip(choices, defaults, strict=True)]
         rows = [Row(*x) for x in itertools.product(*chosen, args.optimizers or OPTIMIZERS)]
     elif args.optimizers:

@@ -277,8 +277,10 @@ def memory_() -> str:
     """Bytes of a whole training step, and how much of what the state saves the peak saves."""
     record = _io.read_json(_io.RESULTS / "memory.json")
     body = []
-    for (platform, model, batch, layers, params), found in memory.settings(record["results"]):
-        of = ", ".join([model, layers, *([params] if params != "float32" else [])])
+    for setting, found in memory.settings(record["results"]):
+        platform, model, batch, layers, params, first = setting
+        special = [params] * (params != "float32") + ["state first"] * (first == "state")
+        of = ", ".join([model, layers, *special])
         base = found.get(memory.BASE, {})
         for name, row in found.items():
             if "peak" not in row or "peak" not in base:

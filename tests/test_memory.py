@@ -44,7 +44,7 @@ def test_shapes(name, unrolled):
 )
 def test_step_trains(name, layers):
     """The program that is described is one that trains: every leaf moves, the loss falls."""
-    row = memory.Row("cpu", name, 2, layers, "float32", memory.BASE)
+    row = memory.Row("cpu", name, 2, layers, "float32", "params", memory.BASE)
     step, shapes, (init, _) = memory.program_of(row)
     random = np.random.default_rng(0)
     params = jax.tree.map(
@@ -68,9 +68,11 @@ def test_step_trains(name, layers):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), first, params)))
 
 
-@pytest.mark.parametrize("optimizer", [memory.BASE, "stquant.adamw 5"])
-def test_figures_add_up(optimizer):
-    row = memory.Row("cpu", "words", 2, "scanned", "float32", optimizer)
+@pytest.mark.parametrize(
+    "optimizer, first", [(memory.BASE, "params"), ("stquant.adamw 5", "state")]
+)
+def test_figures_add_up(optimizer, first):
+    row = memory.Row("cpu", "words", 2, "scanned", "float32", first, optimizer)
     _, (params, state, batch), _ = memory.program_of(row)
     found = memory.measure(row)
     assert found["params"] == nbytes(params) and found["state"] == nbytes(state)
@@ -85,7 +87,7 @@ def test_other_optimizers():
     sizes = {}
     for name in memory.OPTIMIZERS:
         if name != "flashoptim-jax":
-            row = memory.Row("cpu", "gpt2", 1, "scanned", "float32", name)
+            row = memory.Row("cpu", "gpt2", 1, "scanned", "float32", "params", name)
             _, (params, state, _), _ = memory.program_of(row)
             sizes[name] = nbytes(state) / nbytes(params)
     assert abs(sizes[memory.BASE] - 2) < 1e-3
@@ -97,9 +99,9 @@ def test_other_optimizers():
 
 def test_what_cannot_be_measured_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashoptim_jax", None)
-    row = memory.Row("cpu", "words", 1, "scanned", "float32", "flashoptim-jax")
+    row = memory.Row("cpu", "words", 1, "scanned", "float32", "params", "flashoptim-jax")
     assert "flashoptim_jax" in memory.attempt(row, False)["not_measured"]
-    row = memory.Row("device", "words", 1, "scanned", "float32", memory.BASE)
+    row = memory.Row("device", "words", 1, "scanned", "float32", "params", memory.BASE)
     if jax.default_backend() == "cpu":
         assert "memory_stats" in memory.attempt(row, True)["not_measured"]
 
