@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,28 @@ def test_what_cannot_be_measured_says_why(monkeypatch):
     row = memory.Row("device", "words", 1, "scanned", "float32", "params", memory.BASE)
     if jax.default_backend() == "cpu":
         assert "memory_stats" in memory.attempt(row, True)["not_measured"]
+
+
+@pytest.mark.parametrize("first", ["params", "state"])
+def test_device_statistics(first, monkeypatch):
+    """Steps run, whichever result comes first; here on a CPU, which keeps no such figures."""
+    before = {"bytes_in_use": 1, "peak_bytes_in_use": 2}
+    device = Mock(device_kind="fake")
+    device.memory_stats.side_effect = [None, before, before, {"peak_bytes_in_use": 3}]
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    row = memory.Row("cpu", "words", 1, "scanned", "float32", first, memory.BASE)
+    step, args, (init, _) = memory.program_of(row)
+    step, ran = jax.jit(step), []
+
+    def counted(*state):
+        ran.append(jax.tree.map(jnp.shape, state))
+        return step(*state)
+
+    with pytest.raises(ValueError, match="fake: expected a device with memory_stats"):
+        memory.device_statistics(counted, args, init, first)
+    found = memory.device_statistics(counted, args, init, first)
+    assert len(ran) == memory.STEPS and all(shapes == ran[0] for shapes in ran)
+    assert found == {"device_in_use": 1, "device_peak_of_init": 2, "device_peak": 3}
 
 
 def test_resumes(tmp_path, monkeypatch, capsys):
