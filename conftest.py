@@ -24,8 +24,7 @@ hypothesis.settings.register_profile(
     max_examples=25,
 )
 hypothesis.settings.load_profile("suite")
-# Programs that took long to compile are kept for all processes of this run, in a folder that goes
-# with it.
+# All but the quickest programs are kept for all processes of this run, in a folder that goes with it.
 if "STQUANT_TESTS_PROGRAMS" not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="stquant-tests-")
     os.environ["STQUANT_TESTS_PROGRAMS"] = folder.name
