@@ -24,7 +24,8 @@ hypothesis.settings.register_profile(
     max_examples=25,
 )
 hypothesis.settings.load_profile("suite")
-# All but the quickest programs are kept for all processes of this run, in a folder that goes with it.
+# All but the quickest programs are kept for all processes of this run, in a folder that goes with
+# it.
 if "STQUANT_TESTS_PROGRAMS" not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="stquant-tests-")
     os.environ["STQUANT_TESTS_PROGRAMS"] = folder.name
