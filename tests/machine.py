@@ -272,8 +272,14 @@ class Machine(RuleBasedStateMachine):
         g = np.concatenate([np.asarray(grads[k], np.float32).reshape(-1) for k in names])
         mu, nu = np.asarray(before.exact)
         with np.errstate(all="ignore"):
-            want = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * (g * g)
-        np.testing.assert_allclose(self.state.exact, want, 1e-5, 2.0**-124)
+            terms = np.array([[b1 * mu, (1 - b1) * g], [b2 * nu, (1 - b2) * (g * g)]])
+            want = terms.sum(1)
+        got, finite = np.asarray(self.state.exact), np.isfinite(want)
+        np.testing.assert_array_equal(got[~finite], want[~finite])
+        # Relative to what is added: of a sum that nearly cancels, little is left to be exact.
+        room = 1e-5 * np.abs(terms.astype(float)).sum(1) + 2.0**-124
+        off = np.abs(got[finite].astype(float) - want[finite])
+        assert np.all(off <= room[finite])
 
     def formats(self, state):
         """int[leaves, 2, 2]: width and window, of mu and nu."""
