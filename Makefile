@@ -6,15 +6,26 @@ VENV ?= .venv
 TESTS ?= # all
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs aot ptxas lint clean
+.PHONY: demo test test-all docs aot ptxas lint clean
 .NOTPARALLEL: # the targets share one environment
 
 demo: $(VENV)/examples.installed
 	$(BIN)/python examples/train_gpt.py
 
 # The order is kept so that the longest file is not the last.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Every kind of thing once; all cases of all tests. Of these, what asks of every optimizer, and pages,
+# compile quickly; what looks at bits and bounds does so in programs with all of XLA's instructions.
 test: $(VENV)/tests.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) --once --quick $(TESTS)
+test-all: $(VENV)/tests.installed
+ifeq ($(strip $(TESTS)),)
+	$(PYTEST) --quick tests/conformance stquant_jax docs README.md
+	$(PYTEST) tests --ignore tests/conformance
+else
+	$(PYTEST) $(TESTS)
+endif
 
 # The pages in build/docs/index.html. A warning is an error, so is a name that means nothing.
 docs: $(VENV)/docs.installed
@@ -30,7 +41,7 @@ ptxas: $(VENV)/benchmarks.installed
 	test -d $(CUDA) || { jax=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
 	    $(BIN)/pip install --quiet --no-deps --target $(CUDA) jax-cuda13-plugin==$$jax \
 	    jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc nvidia-cuda-nvdisasm; }
-	$(BIN)/python -m benchmarks.ptxas $(CUDA)
+	$(BIN)/python -m benchmarks.gpu.ptxas $(CUDA)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check

@@ -8,6 +8,9 @@ in one namespace.
 import doctest
 import gc
 import os
+import platform
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +42,55 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # A process may have 65,530 mappings of memory on Linux, and every compiled program takes some.
 MAPPINGS = Path("/proc/self/maps")
 MANY = 20_000
+# Programs run a few times only: compiling them is what takes time. For processes that tests start,
+# too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+disabled = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+jax.config.update("jax_disable_most_optimizations", disabled)
+
+# It takes a third of that where XLA emits loops as it used to. Products and sums would then be
+# rounded as one here and apart there, and bits differ between programs: it has to do without
+# instructions that do both, which is said for x86 alone.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--once", action="store_true", help="every kind of thing once: see below")
+    parser.addoption(
+        "--quick", action="store_true", help="compile in a third of the time: see above"
+    )
+
+
+def pytest_configure(config):
+    """Before XLA reads its flags, once. One that it does not know would end the process."""
+    if not config.getoption("--quick") or hasattr(config, "workerinput"):
+        return  # workers of pytest-xdist have the environment of who started them
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"}
+    probe = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.make_cpu_client()"]
+    if not subprocess.run(probe, env=os.environ | flags, capture_output=True).returncode:
+        os.environ |= flags
+
+
+def pytest_collection_modifyitems(config, items):
+    """Nearly all time is XLA's, for the programs of one more case. With --once a test has its first
+    case, but for tables of mistakes, which compile nothing; README stands for all pages; what is
+    marked `thorough` is left out."""
+    if not config.getoption("--once"):
+        return
+    seen, kept, left = set(), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        again = test in seen and item.path.stem not in TABLES
+        page = item.path.suffix == ".md" and item.path.stem != "README"
+        (left if again or page or item.get_closest_marker("thorough") else kept).append(item)
+        seen.add(test)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+TABLES = {"test_misuse", "test_errors", "test_architecture", "test_docs", "test_layout"}
 
 
 @pytest.fixture(scope="module", autouse=True)

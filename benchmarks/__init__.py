@@ -1,4 +1,5 @@
 """Measurements: every figure in the documentation is printed by a module of this folder.
 
-Each runs as ``python -m benchmarks.<name>`` from the repository's root and has ``--help``.
+``python -m benchmarks`` lists them. Each runs as ``python -m benchmarks.<folder>.<name>`` from the
+repository's root and has ``--help``.
 """

@@ -26,7 +26,9 @@ def cpu_model() -> str:
 def environment() -> dict[str, Any]:
     """Machine kind, versions, date and command line of this run."""
     options = [arg if not Path(arg).is_absolute() else Path(arg).name for arg in sys.argv[1:]]
-    module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    roots = [i for i, part in enumerate(parts) if part in ("benchmarks", "examples")]
+    module = ".".join(parts[roots[-1] if roots else -2 :])
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

@@ -1,39 +1,77 @@
-"""Writes the README's tables, from the committed JSON and from the table of tests/conformance,
-between its `<!-- name -->` markers.
+"""Writes the tables of the README and of docs/, from the committed JSON and from the table of
+tests/conformance, between their `<!-- name -->` markers.
 
-python -m benchmarks.tables           rewrite README.md
-python -m benchmarks.tables --check   exit 1 if it would change
+python -m benchmarks.tables           rewrite the pages
+python -m benchmarks.tables --check   exit 1 if one would change
 """
 
 import argparse
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import _io, gain, memory, peers, quality
+from benchmarks import _io, first_page
+from benchmarks.codec import gain, peers
+from benchmarks.memory import host, traffic
+from benchmarks.memory import training as memory
+from benchmarks.quality import training as quality
 from tests.conformance import table as conformance
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))
+MARKED = re.compile(r"<!-- (\w+) -->\n(?:.*?\n)?<!-- /\1 -->", re.DOTALL)
 STREAMS = ("gpt", "vit", "synthetic")
 OURS = ((2, 0), (4, 0), (5, 0), (5, 2), (5, 3), (5, 4), (6, 6), (8, 8))
 
 
-def codec() -> str:
-    """Error of the update of each format, by bits."""
+def first_page_() -> str:
+    """The few numbers that decide."""
+    return _table(*first_page.table()).rstrip("\n")
+
+
+def _errors(*names: str) -> tuple[dict, list[list[str]]]:
+    """Errors of these names on each stream, a row for each format, by bits."""
     record = _io.read_json(_io.RESULTS / "codec.json")
     rows = [row for row in record["results"] if not row.get("window") and row["format"] != "fp32"]
     rows = [row for row in rows if "mu" not in row or (row["mu"], row["nu"]) in OURS]
-    errors: dict[str, dict[str, float]] = {}
-    for row in rows:
+    errors: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: STREAMS.index(row["stream"])):
         ours = "mu" in row
-        name = f"**mu {row['mu']} nu {row['nu']}**" if ours else row["format"]
-        errors.setdefault(name, {"bits": row["bits"]})[row["stream"]] = row["error"]
-    body = [
-        [name, f"{e['bits']:.2f}", *(f"{e[s]:.3g}" for s in ("gpt", "vit", "synthetic"))]
-        for name, e in sorted(errors.items(), key=lambda item: item[1]["bits"])
+        label = f"**mu {row['mu']} nu {row['nu']}**" if ours else row["format"]
+        errors.setdefault(label, {"bits": row["bits"]})[row["stream"]] = row
+    return record, [
+        [label, f"{e['bits']:.2f}", *(f"{e[s][name]:.3g}" for s in STREAMS for name in names)]
+        for label, e in sorted(errors.items(), key=lambda item: item[1]["bits"])
     ]
+
+
+def codec() -> str:
+    """Error of the update of each format, by bits."""
+    record, body = _errors("error")
     return _table(["format", "bits", "GPT", "ViT", "synthetic"], body) + _source(record)
+
+
+def codec_early() -> str:
+    """The same of the first steps."""
+    _, body = _errors("error_1_20", "error_21_150")
+    spans = "1 to 20", "21 to 150"
+    header = [f"{stream}, {span}" for stream in ("GPT", "ViT", "synthetic") for span in spans]
+    return _table(["format", "bits", *header], body).rstrip("\n")
+
+
+def ops() -> str:
+    """Operations per element of both programs, by stage."""
+    record = _io.read_json(_io.RESULTS / "ops.json")
+    both = list(record["operations_per_element"].values())
+    stages = sorted(both[0]["by_stage"], key=lambda name: -both[0]["by_stage"][name])
+    body = [[name, *(f"{x['by_stage'].get(name, 0):.1f}" for x in both)] for name in stages]
+    body.append(["all", *(f"{x['all']:.1f}" for x in both)])
+    return _table(["operations per element", *record["operations_per_element"]], body) + _source(
+        record
+    )
 
 
 def allocation() -> str:
@@ -45,12 +83,13 @@ def allocation() -> str:
             key = row["stream"], row["pair"]
             told.setdefault(key, {"bits": row["bits"], "pair": row["pair_error"]})
             told[key][row["policy"]] = row["error"]
+    policies = [k for k in ("STQuant", "Budget") if any(k in errors for errors in told.values())]
     body = []
     for (stream, pair), errors in sorted(told.items(), key=lambda x: STREAMS.index(x[0][0])):
         ratio = f"{errors['pair'] / errors['Budget']:.2f}"
-        cells = (f"{errors[k]:.3g}" if k in errors else "" for k in ("pair", "STQuant", "Budget"))
+        cells = (f"{errors[k]:.3g}" if k in errors else "" for k in ("pair", *policies))
         body.append([stream, f"{errors['bits']:.2f}", pair, *cells, ratio])
-    header = ["stream", "bits", "best pair", "its error", "STQuant", "Budget", "pair over Budget"]
+    header = ["stream", "bits", "best pair", "its error", *policies, "pair over Budget"]
     return _table(header, body) + _source(record)
 
 
@@ -73,9 +112,18 @@ def estimates() -> str:
     return _table(header, body) + _source(record)
 
 
+def step_in_place() -> str:
+    """Time of whole AdamW steps, everything donated."""
+    return _steps("step_in_place.json")
+
+
 def step() -> str:
     """Time of an update against fp32 Optax in the same run."""
-    record = _io.read_json(_io.RESULTS / "step.json")
+    return _steps("step.json")
+
+
+def _steps(name: str) -> str:
+    record = _io.read_json(_io.RESULTS / name)
     body = [
         [
             row["shapes"],
@@ -86,7 +134,7 @@ def step() -> str:
             f"{row['ratio']:.2f}",
         ]
         for row in record["results"]
-        if row["shapes"] == "gpt2" or row["precision"].startswith("budget")
+        if row["shapes"] == "gpt2" or row["precision"] in ("budget 5.0", "mu 5 nu 0")
     ]
     header = ["shapes", "cores", "precision", "ns per element", "Optax fp32", "ratio"]
     return _table(header, body) + _source(record)
@@ -292,6 +340,45 @@ def memory_() -> str:
     return _table([*header, "of the saving"], body) + _source(record)
 
 
+def host_() -> str:
+    """Peak of resident memory of a training process, by where its program comes from."""
+    record = _io.read_json(_io.RESULTS / "host.json")
+    rows = {(row["optimizer"], row["program"]): row for row in record["results"]}
+    body = [
+        [*key, *(f"{row[moment]:,}" for moment in host.MOMENTS)]
+        + [f"{row['end'] / rows[memory.BASE, key[1]]['end']:.2f}"]
+        for key, row in rows.items()
+    ]
+    header = ["optimizer", "program", "before it, MB", "with it", "after steps", "over Optax's"]
+    return _table(header, body) + _source(record)
+
+
+def compile_parts_() -> str:
+    """What compiling a training step costs, by parts."""
+    record = _io.read_json(_io.RESULTS / "compile_parts.json")
+    models = {"four": "four leaves", "gpt2": "GPT-2 small", "many": "1200 leaves"}
+    body = [
+        [models[row["shapes"]], row["part"]]
+        + [f"{row[name]:.1f}" for name in ("trace", "lower", "compile", "total")]
+        + [f"{row['instructions']:,.0f}", f"{row['host_megabytes']:,.0f}"]
+        for row in record["results"]
+    ]
+    header = ["model", "step", "trace s", "lower s", "compile s", "total s", "instructions"]
+    return _table([*header, "host MiB"], body) + _source(record)
+
+
+def eager_() -> str:
+    """Calls outside of jit."""
+    record = _io.read_json(_io.RESULTS / "eager.json")
+    body = [
+        [row["optimizer"], row["call"], f"{row['first_ms']:,.0f}", f"{row['ms']:.1f}"]
+        + [str(row["compilations"])]
+        for row in record["results"]
+    ]
+    header = ["optimizer", "call", "first, ms", "later, ms", "compilations in later ones"]
+    return _table(header, body) + _source(record)
+
+
 def peers_() -> str:
     """Error and time of the other libraries' own optimizers, and the least error of ours in no more
     bits."""
@@ -405,38 +492,49 @@ def _source(*records: dict) -> str:
     return "".join(dict.fromkeys(lines))
 
 
+MAKERS: dict[str, Callable[[], str]] = {
+    "first_page": first_page_,
+    "ops": ops,
+    "codec": codec,
+    "codec_early": codec_early,
+    "allocation": allocation,
+    "estimates": estimates,
+    "step_in_place": step_in_place,
+    "step": step,
+    "profile": profile,
+    "policy": policy,
+    "compile": compile_,
+    "demo": demo,
+    "switch": switch,
+    "wrapped": wrapped,
+    "quality": quality_,
+    "versus": versus,
+    "rates": rates,
+    "gain": gain_,
+    "questions": questions,
+    "memory": memory_,
+    "host": host_,
+    "compile_parts": compile_parts_,
+    "eager": eager_,
+    "peers": peers_,
+    "pod": pod,
+    "faults": faults,
+    "sharded": sharded,
+    "conformance": conformance.render,
+    **traffic.TABLES,
+}
+
+
 def render(text: str) -> str:
-    """The README with every table between its markers made anew."""
-    makers = {
-        "codec": codec,
-        "allocation": allocation,
-        "estimates": estimates,
-        "step": step,
-        "profile": profile,
-        "policy": policy,
-        "compile": compile_,
-        "demo": demo,
-        "switch": switch,
-        "wrapped": wrapped,
-        "quality": quality_,
-        "versus": versus,
-        "rates": rates,
-        "gain": gain_,
-        "questions": questions,
-        "memory": memory_,
-        "peers": peers_,
-        "pod": pod,
-        "faults": faults,
-        "sharded": sharded,
-        "conformance": conformance.render,
-    }
-    for name, make in makers.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if start not in text or end not in text:
-            raise ValueError(f"README.md lacks the markers {start} and {end}")
-        block = f"{start}\n{make()}\n{end}"
-        text = re.sub(f"{start}.*?{end}", lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+    """A page with every table between its markers made anew."""
+
+    def made(found: re.Match) -> str:
+        name = found[1]
+        if name not in MAKERS:
+            raise ValueError(f"<!-- {name} --> is no table: expected one of {', '.join(MAKERS)}")
+        return f"<!-- {name} -->\n{MAKERS[name]()}\n<!-- /{name} -->"
+
+    return MARKED.sub(made, text)
 
 
 def main():
@@ -445,11 +543,12 @@ def main():
     )
     parser.add_argument("--check", action="store_true", help="only compare, exit 1 if not equal")
     args = parser.parse_args()
-    old = README.read_text()
-    new = render(old)
-    if args.check and old != new:
-        sys.exit("README.md differs from the JSON under benchmarks/results: run benchmarks.tables")
-    README.write_text(new)
+    for page in PAGES:
+        old = page.read_text()
+        new = render(old)
+        if args.check and old != new:
+            sys.exit(f"{page} differs from benchmarks/results: run python -m benchmarks.tables")
+        page.write_text(new)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from stquant_jax.codecs import Lattice, Levels
-from stquant_jax.layout import Layout, Leaf, Storage, from_tiles, to_tiles
-from stquant_jax.noise import Keys, keys_of
-from stquant_jax.places import starts_of
-from stquant_jax.planes import GROUP, LANES
-from stquant_jax.rules import AdamScalars
+from stquant_jax.rules.adam import AdamScalars
+from stquant_jax.storage.layout import Layout, Leaf
+from stquant_jax.storage.noise import Keys, keys_of
+from stquant_jax.storage.places import starts_of
+from stquant_jax.storage.planes import GROUP, LANES
+from stquant_jax.storage.settings import Storage
+from stquant_jax.storage.tiling import from_tiles, to_tiles
 
 SUMS = 16  # places for statistics, of which there are fewer
 
@@ -22,7 +24,7 @@ SUMS = 16  # places for statistics, of which there are fewer
 class Scalars(NamedTuple):
     """Traced numbers of a leaf."""
 
-    turn: jax.Array  # int32: the row that moves
+    round_row: jax.Array  # int32: the row that moves
     mu_first: jax.Array
     mu_width: jax.Array
     nu_first: jax.Array
@@ -42,7 +44,7 @@ class Tables(NamedTuple):
 
     whole: jax.Array  # int32[leaves, 7]
     keys: jax.Array  # uint32[leaves, 5]
-    real: jax.Array  # float32[leaves, 17]
+    real: jax.Array  # float32[leaves, 18]
 
     @classmethod
     def of(

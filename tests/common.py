@@ -1,5 +1,6 @@
 """What several tests share: one compiled update for all widths and decays, and its gradients."""
 
+import os
 from functools import partial
 
 import jax
@@ -18,6 +19,9 @@ SHAPES = {
     "tile": (128, 32),
 }
 TILE = {"tile": (128, 32)}
+# For processes with an environment of their own: they compile as quickly as these tests do.
+FLAGS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+QUICK = {name: os.environ[name] for name in FLAGS if name in os.environ}
 
 
 def zeros(shapes=SHAPES, dtype=jnp.float32):

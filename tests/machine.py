@@ -1,5 +1,5 @@
 """Random runs of an optimizer, and what must hold after every step: for `tests/test_fuzz.py` and
-`python -m benchmarks.fuzz`.
+`python -m benchmarks.codec.fuzz`.
 
 Programs are few, since compiling is what takes time: two trees, a handful of policies, decays that
 are traced. All else is random: gradients, their order, and what is done between steps.

@@ -13,18 +13,41 @@ from tests.oracle_storage import GROUP, Noise, Place, noise
 
 TINY = 2.0**-126  # groups of less energy are zero
 
-# --- second moment: log2 sigma = base - row / 32 - delta * code ---
+# --- second moment: sigma = 2**(base - row / 32) * root(code) ---
 
 BASE_LOWEST, BASE_STEP, BASE_NOT_FINITE = -63, 1 / 512, 2**16 - 1
+MOST_ENERGY = 2.0**127  # groups of more are not finite
 ROW_STEP, ROW_LAST = 1 / 32, 255
 CENTRED_MOST, CENTRED_PART = 8, 1 / 4
+SHORT = 0.05  # steps by predictions would be too short: what is taken off v
+YOUNG, SHORTLY = 10, 100  # how much faster than nu's memory fills shrinkage grows, and that
+
+
+def root_nu(codes, delta: float) -> np.ndarray:
+    """About 2**(-delta * code): between powers of two a cubic that is 1 at 1 and 2 at 2."""
+    whole = np.floor(-delta * np.asarray(codes, float))
+    m = 1 - delta * codes - whole
+    return (m + (m - 1) * (m - 2) * (0.2263076823 + 0.0782679701 * m)) * 2.0**whole
+
+
+def octaves_nu(ratio) -> np.ndarray:
+    """About log2: a quartic on [sqrt(1/2), sqrt(2)], from which other numbers are octaves away."""
+    whole = np.floor(np.log2(np.maximum(ratio, 2.0**-127)) + 0.5)
+    f = ratio / 2.0**whole - 1
+    series = np.polynomial.Polynomial([0, 1.4426950, -0.7232593, 0.5071921, -0.3335832])
+    return np.where(ratio > 0, whole + series(f), -127)
 
 
 def decode_nu(codes, scale, row, width: int, window: int) -> np.ndarray:
     """sigma of every element: 0 in a group of zeros, NaN in one that is not finite."""
-    base = BASE_LOWEST + (scale - 1.0) * BASE_STEP
-    sigma = 2.0 ** np.maximum(base - row * ROW_STEP - window / 2**width * codes, BASE_LOWEST)
-    return sigma * np.where(scale == 0, 0, np.where(scale == BASE_NOT_FINITE, np.nan, 1))
+    base = 2.0 ** (BASE_LOWEST + (scale - 1.0) * BASE_STEP)
+    base = base * np.where(scale == 0, 0, np.where(scale == BASE_NOT_FINITE, np.nan, 1))
+    return base * shape_nu(codes, row, width, window)
+
+
+def shape_nu(codes, row, width: int, window: int) -> np.ndarray:
+    """sigma over its group's base."""
+    return 2.0 ** (-row * ROW_STEP) * root_nu(codes, window / 2**width)
 
 
 class Nu(NamedTuple):
@@ -34,54 +57,59 @@ class Nu(NamedTuple):
     used: np.ndarray  # v for the update, shrunk
 
 
-def encode_nu(v, old_sigma, old: "Codes", inside, slot: "Slot", turn, random: Noise) -> Nu:
-    """``turn`` is the one row of each tile whose codes are centred in this step."""
+def encode_nu(
+    v, old: "Codes", inside, slot: "Slot", round_row, random: Noise, anew: bool = False
+) -> Nu:
+    """``round_row`` is the one row of each tile whose codes are centred in this step. ``anew``: v
+    grew out of nothing, and rows are rounded to the nearest at every width."""
     width, dither = slot.nu, random.nu
     delta, last = slot.window / 2**width, 2**width - 1
     energy = v.sum(-2, keepdims=True)
-    absent = old.nu_scale == 0
-    alive = np.isfinite(energy) & (energy >= TINY)
+    finite = energy < MOST_ENERGY
+    alive = finite & (energy >= TINY)
     living = alive & inside
     row = old.nu_row.astype(float)
 
-    # Octaves that each element moves beyond its group, which grew out of its rows' shape where it
-    # was absent.
-    before = np.where(absent, 4.0 ** (-row * ROW_STEP), np.where(inside, old_sigma, 1) ** 2)
-    codes = np.where(absent, 0, old.nu)
-    growth = np.log2(energy / (before * inside).sum(-2, keepdims=True))
-    own = 0.5 * (np.log2(v / before) - growth)
+    # Parts of the group's energy, before and after: a group of zeros has the shape of its rows.
+    shape = shape_nu(old.nu, row, width, slot.window) ** 2 * inside
+    before = np.where(alive, shape / shape.sum(-2, keepdims=True), 0)
+    now = np.where(alive, v / energy, 0)
 
-    # Rows follow the mean factor of their elements' v: without codes rounded at random, with codes
-    # to the nearest. Then codes of the row in turn are centred: a quarter of what their mean is off
-    # their tile's. A row of padding stays.
-    here = np.maximum(living.sum(-1, keepdims=True), 1)
-    factor = np.where(living, 4.0**own, 0).sum(-1, keepdims=True) / here
-    octaves = 0.5 * np.log2(np.maximum(factor, TINY))
-    move = np.floor((0.5 if width else dither[..., :1]) - octaves / ROW_STEP)
-    move = np.clip(move, -ROW_LAST, ROW_LAST)
-    tile = (old_codes := codes * living).sum((-2, -1)) / np.maximum(living.sum((-2, -1)), 1)
-    far = CENTRED_PART * delta * (old_codes.sum(-1)[:, turn] / here[:, turn, 0] - tile) / ROW_STEP
-    move[:, turn, 0] += np.floor(np.clip(far, -CENTRED_MOST, CENTRED_MOST) + dither[:, turn, 0])
-    row += np.where(living.any(-1, keepdims=True), move, 0)
+    # A row's elements together grow as their row: without codes rounded at random, with codes to
+    # the nearest. Then codes of the round-robin row are centred: a quarter of what their mean is
+    # off their tile's. A row of padding stays.
+    here = before.sum(-1, keepdims=True) > 0
+    ratio = now.sum(-1, keepdims=True) / np.where(here, before.sum(-1, keepdims=True), 1)
+    octaves = 0.5 * np.log2(np.maximum(ratio, TINY))
+    move = np.floor((0.5 if width or anew else dither[..., :1]) - octaves / ROW_STEP)
+    move = np.where(here, np.clip(move, -ROW_LAST, ROW_LAST), 0)
+    if width:
+        codes, count = old.nu * living, np.maximum(living.sum((-2, -1)), 1)
+        own = np.maximum(living.sum(-1)[:, round_row], 1)
+        off = codes.sum(-1)[:, round_row] / own - codes.sum((-2, -1)) / count
+        far = np.clip(CENTRED_PART * delta * off / ROW_STEP, -CENTRED_MOST, CENTRED_MOST)
+        centred = np.floor(far + dither[:, round_row, 0])
+        move[:, round_row, 0] += np.where(living.any(-1)[:, round_row], centred, 0)
+    row += move
     lowest = np.where(inside.any(-1, keepdims=True), row, ROW_LAST).min(-2, keepdims=True)
     row = np.minimum(row, lowest + ROW_LAST)
     down = (row - old.nu_row) * ROW_STEP
     row = np.maximum(row - lowest, 0)
 
-    codes = codes - np.floor((own + down) / delta + dither)
+    drift = 0.5 * octaves_nu(now / np.maximum(before, TINY))
+    codes = old.nu - np.floor((drift + down) / delta + dither)
     codes = np.minimum(codes - np.where(inside, codes, np.inf).min(-2, keepdims=True), last)
 
     # The base gives the decoded group its true energy.
-    shape = 2.0 ** (-row * ROW_STEP - delta * codes)
-    base = 0.5 * np.log2(energy / (shape**2 * inside).sum(-2, keepdims=True))
+    codes = np.where(living, codes, 0)
+    shape = shape_nu(codes, row, width, slot.window) ** 2
+    base = 0.5 * np.log2(energy / (shape * inside).sum(-2, keepdims=True))
     scale = np.clip(
         np.floor((base - BASE_LOWEST) / BASE_STEP + 1 + random.nu_coin), 1, BASE_NOT_FINITE - 1
     )
-    scale = np.where(np.isfinite(energy), np.where(alive, scale, 0), BASE_NOT_FINITE)
-
-    codes = np.where(living, codes, 0)
-    used = shrink(v, predict_nu(v, row, inside), slot.shrinkage)
-    return Nu(codes, scale, row, np.where(np.isfinite(energy), used, np.nan))
+    scale = np.where(finite, np.where(alive, scale, 0), BASE_NOT_FINITE)
+    used = shrink(v, predict_nu(v, row, inside), slot)
+    return Nu(codes, scale, row, np.where(finite, used, np.nan))
 
 
 def predict_nu(v, row, inside) -> np.ndarray:
@@ -90,10 +118,11 @@ def predict_nu(v, row, inside) -> np.ndarray:
     return share * v.sum(-2, keepdims=True) / (share * inside).sum(-2, keepdims=True)
 
 
-def shrink(v, predicted, shrinkage: float) -> np.ndarray:
-    """The update sees elements pulled to their prediction, part of the way in the logarithm."""
-    v, predicted = np.maximum(v, TINY), np.maximum(predicted, TINY)
-    return np.maximum(v ** (1 - shrinkage) * predicted**shrinkage, TINY)
+def shrink(v, predicted, slot: "Slot") -> np.ndarray:
+    """The update sees elements pulled part of the way to their prediction."""
+    part = slot.shrinkage * (1 - slot.left**YOUNG)
+    length = 1 - SHORT * slot.shrinkage * (1 - slot.left**SHORTLY)
+    return length * ((1 - part) * v + part * predicted)
 
 
 # --- first moment: m = sigma * 2**(log2 largest) * level ---
@@ -135,7 +164,7 @@ def encode_mu(e, inside, alive, width: int, random: Noise) -> tuple[np.ndarray, 
     last = len(mu_levels(width)) - 1
     cells = mu_cells(e, width)
     if width < 4:
-        cells = np.where(np.abs(cells) < 0.5, cells + random.mu - 0.5, cells)
+        cells = np.where(np.abs(cells) < 0.5, cells + random.mu, cells)
         codes = np.floor(cells) + (last + 1) // 2
     else:
         codes = np.floor(cells + 0.5) + last // 2
@@ -178,7 +207,7 @@ def regroup_nu(codes, scale, row, inside, old, new, random: Noise) -> tuple[np.n
 def nu_scale(codes, scale, row, inside, deltas, random: Noise) -> np.ndarray:
     """The scale with which the second codes have the energy of the first."""
     energies = [
-        (4.0 ** -(row * ROW_STEP + delta * x) * inside).sum(-2, keepdims=True)
+        (4.0 ** -(row * ROW_STEP) * root_nu(x, delta) ** 2 * inside).sum(-2, keepdims=True)
         for x, delta in zip(codes, deltas, strict=True)
     ]
     with np.errstate(all="ignore"):  # groups of padding alone
@@ -219,6 +248,7 @@ class Slot(NamedTuple):
     shrinkage: float
     seed: int
     leaf: int
+    left: float = 0.0  # of the first step's weight in nu
 
 
 class Adam(NamedTuple):
@@ -229,17 +259,23 @@ class Adam(NamedTuple):
     nesterov: bool = False
 
 
-def moments(g, old: Codes, inside, b1, b2, slot: Slot) -> tuple[np.ndarray, ...]:
-    """The root of v as it was stored, then m and v one gradient later."""
+def average(decay: float, old, new):
+    """One step later. What is left of a decay is that of the one that is meant, as in Optax: of
+    0.999 itself float32 keeps less."""
+    return float(np.float32(decay)) * old + float(np.float32(1 - decay)) * new
+
+
+def moments(g, old: Codes, inside, adam: Adam, slot: Slot) -> tuple[np.ndarray, ...]:
+    """m and v one gradient later."""
     sigma = decode_nu(old.nu, old.nu_scale, old.nu_row, slot.nu, slot.window) * inside
-    m = b1 * decode_mu(old.mu, old.mu_scale, sigma, slot.mu) + (1 - b1) * g
-    return sigma, m, b2 * sigma**2 + (1 - b2) * g**2
+    m = average(adam.b1, decode_mu(old.mu, old.mu_scale, sigma, slot.mu), g)
+    return m, average(adam.b2, sigma**2, g**2)
 
 
 def direction(g, m, v, adam: Adam, count) -> np.ndarray:
     b1, b2, eps = (float(np.float32(x)) for x in adam[:3])
     if adam.nesterov:
-        m_hat = b1 * m / (1 - b1 ** (count + 1)) + (1 - b1) * g / (1 - b1**count)
+        m_hat = average(adam.b1, m / (1 - b1 ** (count + 1)), g / (1 - b1**count))
     else:
         m_hat = m / (1 - b1**count)
     return m_hat / (np.sqrt(v / (1 - b2**count) + adam.eps_root) + eps)
@@ -247,12 +283,12 @@ def direction(g, m, v, adam: Adam, count) -> np.ndarray:
 
 def step(g, old: Codes, where: Place, adam: Adam, slot: Slot, count) -> tuple[np.ndarray, Codes]:
     """The update and the codes after step ``count`` (1 for the first) on gradient tiles ``g``."""
-    b1, b2 = (float(np.float32(x)) for x in adam[:2])
     inside = where.element >= 0
     random = noise(slot.seed, slot.leaf, count, where.group)
+    slot = slot._replace(left=adam.b2 ** (count - 1))
     with np.errstate(all="ignore"):  # absent groups divide by zero and are masked
-        sigma, m, v = moments(g, old, inside, b1, b2, slot)
-        nu = encode_nu(v, sigma, old, inside, slot, count % GROUP, random)
+        m, v = moments(g, old, inside, adam, slot)
+        nu = encode_nu(v, old, inside, slot, count % GROUP, random)
         alive = (nu.scale != 0) & (nu.scale != BASE_NOT_FINITE)
         root = decode_nu(nu.codes, nu.scale, nu.row, slot.nu, slot.window)
         e = np.where(alive & inside, m / root, 0)
@@ -269,7 +305,7 @@ def encode_anew(m, v, where: Place, slot: Slot, count) -> Codes:
     random = noise(slot.seed, slot.leaf, count, where.group)
     with np.errstate(all="ignore"):
         nothing = Codes(zeros, zeros, zeros[:, :1], zeros[:, :1], zeros[..., :1])
-        nu = encode_nu(v, v, nothing, inside, slot, 0, random)
+        nu = encode_nu(v, nothing, inside, slot, 0, random, anew=True)
         root = decode_nu(nu.codes, nu.scale, nu.row, slot.nu, slot.window)
         e, alive = np.where(living, m / root, 0), living.any(-2, keepdims=True)
         mu, mu_scale = encode_mu(e, inside, alive, slot.mu, random)
@@ -279,14 +315,13 @@ def encode_anew(m, v, where: Place, slot: Slot, count) -> Codes:
 def statistics(
     g, old: Codes, new: Codes, where: Place, adam: Adam, slot: Slot, count
 ) -> dict[str, np.ndarray]:
-    """Sums over the row in turn of every tile, of groups that are neither zero nor not finite: what
-    it did to the update that ``new`` is stored in place of the exact moments, float[tiles]."""
-    b1, b2 = (float(np.float32(x)) for x in adam[:2])
-    inside = where.element >= 0
+    """Sums over the round-robin row of every tile, of groups that are neither zero nor not finite:
+    what it did to the update that ``new`` is stored in place of the exact moments, float[tiles]."""
+    inside, slot = where.element >= 0, slot._replace(left=adam.b2 ** (count - 1))
     with np.errstate(all="ignore"):
-        _, m, v = moments(g, old, inside, b1, b2, slot)
+        m, v = moments(g, old, inside, adam, slot)
         predicted = predict_nu(v, new.nu_row, inside)
-        used = shrink(v, predicted, slot.shrinkage)
+        used = shrink(v, predicted, slot)
         update = direction(g, m, used, adam, count)
         root = decode_nu(new.nu, new.nu_scale, new.nu_row, slot.nu, slot.window)
         off = decode_mu(new.mu, new.mu_scale, root, slot.mu) - m
@@ -309,8 +344,8 @@ def statistics(
         "gradient2": g**2,
         "nu": used,
     }
-    turn = count % GROUP
+    round_row = count % GROUP
     return {
-        name: np.sum(np.where(living, x, 0)[:, turn].astype(float), axis=-1)
+        name: np.sum(np.where(living, x, 0)[:, round_row].astype(float), axis=-1)
         for name, x in values.items()
     }

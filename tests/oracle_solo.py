@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.oracle import average
 from tests.oracle_storage import GROUP, LANES, hash32, read_slot, to_planes
 
 TINY = 2.0**-126  # anything below is zero
@@ -137,12 +138,10 @@ def step(
 ) -> tuple[np.ndarray, Mu, Nu]:
     """The update of step ``count`` (1 for the first), and what is stored of the new moments."""
     b1, b2, eps = (float(np.float32(x)) for x in solo[:3])
-    # Of the decays that are meant, as in Optax.
-    rest1, rest2 = (float(np.float32(1 - x)) for x in solo[:2])
     with np.errstate(all="ignore"):
         m = from_blocks(decode_mu(old.mu, old.mu_scale, solo.bits[0]), g.shape)
         v = from_blocks(decode_nu(old.nu, old.nu_scale, old.nu_alpha), g.shape)
-        m, v = b1 * m + rest1 * g, b2 * v + rest2 * g**2
+        m, v = average(solo.b1, m, g), average(solo.b2, v, g**2)
         update = m / (1 - b1**count) / (np.sqrt(v / (1 - b2**count)) + eps)
         mu = encode_mu(to_blocks(m), solo.bits[0])
         nu = encode_nu(to_blocks(v), solo.bits[1], solo.quantile, random)

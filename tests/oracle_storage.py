@@ -93,7 +93,9 @@ def from_tiles(tiles: np.ndarray, where: Place, shape: tuple[int, ...]) -> np.nd
     return out.reshape(shape)
 
 
-# --- noise: a hash of (seed, leaf, element), rotated by the golden ratio from step to step ---
+# --- noise: Kronecker sequences along the elements, rotated from step to step; coins: a hash ---
+
+GOLDEN, PLASTIC = 0x9E3779B9, 0xC13FA9A9
 
 
 def hash32(x: np.ndarray | int) -> np.ndarray:
@@ -104,7 +106,8 @@ def hash32(x: np.ndarray | int) -> np.ndarray:
 
 
 class Noise(NamedTuple):
-    """Uniform on [0, 1): per element and per group, for the second moment and for the first."""
+    """Uniform on [0, 1), of the first moment's elements on [-1/2, 1/2): per element and per group,
+    for the second moment and for the first."""
 
     nu: np.ndarray
     mu: np.ndarray
@@ -113,16 +116,20 @@ class Noise(NamedTuple):
 
 
 def noise(seed: int, leaf: int, step: int, group: np.ndarray) -> Noise:
-    key = hash32(seed ^ int(hash32(2 * leaf + 1)))
-    turn = step * 0x9E3779B9
-    bits = (hash32((group * GROUP + np.arange(GROUP)[:, None]) ^ int(key)) + turn) & 0xFFFFFFFF
-    odd = bits - turn & 0xFFFFFFFF | 1
-    fresh = odd * (int(hash32(step ^ int(key))) | 1) & 0xFFFFFFFF
+    key = int(hash32(seed ^ int(hash32(2 * leaf + 1))))
+    rotation = step * GOLDEN
+    index = np.asarray(group, object) * GROUP + np.arange(GROUP)[:, None]
+
+    def sequence(start: int) -> np.ndarray:
+        """To 24 bits."""
+        return ((index * PLASTIC + start) % 2**32 // 2**8).astype(float) / 2**24
+
+    mu = sequence(int(hash32(step ^ key)))
     coins = hash32(group ^ int(hash32(key ^ 0xFFFFFFFF)))
-    first, second = (coins + turn) & 0xFFFFFFFF, ((coins << 16) + turn) & 0xFFFFFFFF
+    first, second = (coins + rotation) & 0xFFFFFFFF, ((coins << 16) + rotation) & 0xFFFFFFFF
     return Noise(
-        (bits >> 8) / 2**24,
-        ((fresh >> 24) + 0.5) / 2**8,
+        sequence(key + rotation),
+        np.where(mu < 0.5, mu, mu - 1),
         (first >> 8) / 2**24,
         (second >> 8) / 2**24,
     )

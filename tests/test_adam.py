@@ -156,6 +156,7 @@ def test_dtypes(dtypes):
     jax.tree.map(np.testing.assert_array_equal, updates, cast(want, dtypes))
 
 
+@pytest.mark.thorough
 def test_seeds():
     """One seed gives the same bits, another seed others."""
 

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stquant_jax as stquant
-from benchmarks import aot
 from benchmarks.shapes import SETS
+from benchmarks.speed import aot
 from examples import train_gpt
 
 pytest.importorskip("libtpu", reason="pip install '.[aot]' brings libtpu")

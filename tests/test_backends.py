@@ -16,6 +16,7 @@ import pytest
 import stquant_jax as stquant
 from stquant_jax.backends import settle
 from tests import common, oracle, oracle_storage, test_oracle
+from tests.oracle_storage import GROUP
 
 ALIGNMENT = {"pallas_tpu": 8, "pallas_gpu": 1}  # what they need: XLA then has their layout
 TILE = {"tile": (32, 128)}
@@ -99,16 +100,24 @@ def gaussian(shapes, seed):
 def assert_same(got, want):
     """Of two backends: (updates, state)."""
     (updates, state), (want_updates, want_state) = got, want
-    for name in ("count", "arena", "mu_scale", "nu_scale", "nu_row", "exact"):
-        np.testing.assert_array_equal(getattr(state, name), getattr(want_state, name), name)
+    np.testing.assert_array_equal(state.count, want_state.count)
+    # Compilers may round a product that is added to something, or not, and do so by processor: a
+    # code whose dither is next to the edge then is another one.
+    for name in ("arena", "mu_scale", "nu_scale", "nu_row", "exact"):
+        got, want = (np.asarray(getattr(x, name)) for x in (state, want_state))
+        assert np.sum(got != want) <= 1 + 1e-4 * got.size, name
     for name, update in updates.items():
         expected = want_updates[name]
         assert update.dtype == expected.dtype
         rtol = LOG_ULP + float(jnp.finfo(update.dtype).eps)
-        np.testing.assert_allclose(np.float32(update), np.float32(expected), rtol, ULP, name)
+        x, y = np.float32(update), np.float32(expected)
+        # Where a code was another one before, so is the update of its group.
+        far = ~np.isclose(x, y, rtol, ULP, equal_nan=True)
+        assert np.sum(far) <= GROUP + 1e-4 * far.size, name
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y), name)
     precision = [x.precision.renewed(x.count) for x in (state, want_state)]
     for x, y in zip(*map(jax.tree.leaves, precision), strict=True):
-        np.testing.assert_allclose(x, y, 1e-5, 1e-30)
+        np.testing.assert_allclose(x, y, 1e-3, 1e-30)  # such a code is in the sums of its slot
 
 
 def ignore(*step):
@@ -135,12 +144,20 @@ def aligned(place, backend):
     return place._replace(element=element, group=np.pad(place.group, missing))
 
 
-@pytest.mark.parametrize("widths", [(5, 4), (2, 0)], ids=["5-4", "2-0"])
-def test_leaves(backend, widths):
+# Every leaf is one more kernel to compile: `make test` has of each way to lay them out one.
+FEW = {"columns", "ragged", "odd", "folded, float16", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("few", "widths"),
+    [(True, (5, 4)), (False, (5, 4)), (False, (2, 0))],
+    ids=["few-5-4", "5-4", "2-0"],
+)
+def test_leaves(backend, few, widths):
     """All kinds of them, which share the arena; against the oracle, too. That has float32 updates
     alone; and the library takes a row's share from the tile's first group, of which the last group
     of a ragged end has only a part."""
-    shapes = TREES[backend]
+    shapes = {name: x for name, x in TREES[backend].items() if name in FEW or not few}
     names = sorted(set(shapes) - {"bias"})
     places = {name: aligned(oracle_storage.place(shapes[name]), backend) for name in names}
     skip = {name for name in names if name == "tail" or name.endswith("16")}
@@ -148,11 +165,13 @@ def test_leaves(backend, widths):
     compare(backend, shapes, widths, check=check)
 
 
+@pytest.mark.thorough
 def test_every_width(backend):
     for widths in itertools.product(range(2, 9), range(9)):
         compare(backend, TILE, widths, steps=1)
 
 
+@pytest.mark.thorough
 def test_extremes(backend):
     """Groups that are absent, come, go and are not finite; tiny and huge; Nesterov's rule."""
 
@@ -170,6 +189,7 @@ def test_extremes(backend):
     compare(backend, TILE, spoil=spoil, steps=4, nesterov=True)
 
 
+@pytest.mark.thorough
 def test_fused_update(backend):
     """New parameters in place of updates, of another dtype than gradients or not; bfloat16 ones are
     rounded at random."""

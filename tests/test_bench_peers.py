@@ -12,7 +12,9 @@ import pytest
 from rich.console import Console
 
 import stquant_jax as stquant
-from benchmarks import _io, codec, formats, peers
+from benchmarks import _io
+from benchmarks.codec import closed_loop as codec
+from benchmarks.codec import formats, peers
 
 STEPS = codec.FIRST + codec.CHUNK
 SECONDS = {"seconds_per_step": None}
@@ -49,7 +51,7 @@ def test_float32_adam_is_exact(stream, exact):
 
 
 def test_error_is_that_of_codec(stream, exact):
-    """The same format, in the loop of `benchmarks.codec` and in this one."""
+    """The same format, in the loop of `benchmarks.codec.closed_loop` and in this one."""
     named = next(x for x in formats.PEERS if x.name == "FlashOptim 8-bit")
     params = {"w": jnp.zeros((8, 16))}
     loop = codec.Peer(named)

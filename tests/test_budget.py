@@ -2,14 +2,16 @@
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import stquant_jax as stquant
-from stquant_jax.arena import slot_tiles
-from stquant_jax.layout import Storage, layout_of
+from stquant_jax.storage.arena import slot_tiles
+from stquant_jax.storage.layout import layout_of
+from stquant_jax.storage.settings import Storage
 from tests import common
 
 SHAPE = (128, 256)  # eight tiles
@@ -52,6 +54,7 @@ def rows_used(widths):
     return np.asarray(widths) @ slot_tiles(layout_of(PARAMS, Storage()))
 
 
+@pytest.mark.thorough
 def test_bits_go_where_the_spread_is():
     state, told = trained(stquant.Budget(4.0, interval=20))
     first, last = np.asarray(told["widths"])[[0, -1]]
@@ -76,6 +79,7 @@ def test_every_plan_fits_and_moves_one_step():
         assert np.max(np.abs(steps)) <= 1
 
 
+@pytest.mark.thorough
 def test_bytes_stay_and_nothing_compiles_again():
     precision = stquant.Budget(4.0, interval=20)
     state = stquant.scale_by_adam_q(b2=B2, precision=precision).init(PARAMS)
@@ -88,6 +92,7 @@ def test_bytes_stay_and_nothing_compiles_again():
     assert len(np.unique(np.concatenate([told["widths"], more["widths"]]), axis=0)) > 1
 
 
+@pytest.mark.thorough
 def test_promise():
     """Slots above the promise come first; where the budget cannot keep it, metrics say so, and in a
     larger budget it is kept."""
@@ -98,6 +103,22 @@ def test_promise():
     state = stquant.resize(state, PARAMS, wide)
     state, told = run(wide, state, jax.random.key(1), 400)
     assert told["promise_kept"][-1] and not told["unmet"][-1].any()
+
+
+POLICIES = [
+    stquant.Budget(4.0, interval=20),
+    stquant.STQuant(4.0, interval=20, factors={"rms": (2, 2)}, up=0.5, patience=1),
+]
+
+
+@pytest.mark.parametrize("precision", POLICIES, ids=lambda x: type(x).__name__)
+def test_reset(precision):
+    """With all arrays set to zero, its plan too, a state goes on as a fresh one, to the bit."""
+    state, told = trained(precision)
+    assert np.any(told["widths"][-1] != told["widths"][0])
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    again = run(precision, zeros, jax.random.key(0), 400)
+    chex.assert_trees_all_equal(again, (state, told))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

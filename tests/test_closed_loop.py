@@ -14,6 +14,15 @@ SHAPE = (128, 32)  # one tile, its groups along the rows of the leaf
 CHUNK = 100
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """Thousands of steps take longer than to compile them as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @partial(jax.jit, static_argnames="shape")
 def _chunk(carry, scales, key, hyper, shape):
     """Steps on Gaussian gradients of these scales; the squared lengths of m and v, row by row."""
@@ -50,6 +59,7 @@ def run(mu, nu, scales, b1=0.9, b2=0.999, shape=SHAPE):
 
 @pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("mu", range(2, 9))
+@pytest.mark.thorough
 def test_stability(mu, b1):
     """Without gradients m fades as b1**t: on average to the percent, and no group strays far."""
     for nu in (0, 2, 8):
@@ -75,6 +85,7 @@ M_ERROR = {(2, 0): 0.55, (4, 3): 0.12, (5, 4): 0.04, (8, 8): 0.02}
 
 @pytest.mark.parametrize(("mu", "nu"), M_ERROR)
 @pytest.mark.parametrize("scales", [FADE, GROW, RETURN], ids=["fade", "grow", "return"])
+@pytest.mark.thorough
 def test_tracking(mu, nu, scales):
     """Nothing freezes: v and m follow a gradient that fades or grows a thousandfold.
 
@@ -90,6 +101,7 @@ def test_tracking(mu, nu, scales):
     assert error.max() < 3 * M_ERROR[mu, nu]
 
 
+@pytest.mark.thorough
 def test_padding_moves_no_rows():
     """Where all elements are alike, so are the rows of ragged bands, however long it goes on."""
     state, _ = run(5, 4, np.ones(1000), shape=(60, 256))
@@ -99,6 +111,7 @@ def test_padding_moves_no_rows():
 
 
 @pytest.mark.parametrize("octaves", [3, 7, 9.5])
+@pytest.mark.thorough
 def test_rows_reach_deep(octaves):
     """Elements far below their group, at one place of all groups: 8 octaves of row, then the codes.
 

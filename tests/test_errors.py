@@ -8,8 +8,8 @@ import pytest
 
 import stquant_jax as stquant
 from stquant_jax import Budget, Fixed, Storage, scale_by_adam_q
-from stquant_jax.resizing import resize
-from stquant_jax.telemetry import metrics
+from stquant_jax.conversion.resize import resize
+from stquant_jax.inspection.metrics import metrics
 from tests import common
 
 TX = scale_by_adam_q(precision=Fixed(5, 4))

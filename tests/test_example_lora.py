@@ -12,6 +12,7 @@ import pytest
 import stquant_jax as stquant
 from examples import finetune_lora
 from examples.custom_policy import Stages
+from tests import common
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--length", "16", "--batch", "2", "--features", "64"]
@@ -20,14 +21,13 @@ SMALL = ["--length", "16", "--batch", "2", "--features", "64"]
 def start(folder, example, *options):
     command = [sys.executable, "-m", f"examples.{example}", *SMALL, *options]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TQDM_DISABLE": "1", "COLUMNS": "160"}
-    environment["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0"  # it is compiling that takes time
-    )
+    environment |= common.QUICK
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
 
+@pytest.mark.thorough
 def test_finetune_lora(tmp_path):
     """All adapters are packed, the base stays as it is and has no state."""
     options = ["--layers", "4", "--pretrain", "2", "--steps", "2", "--json", "run.json"]
@@ -72,6 +72,7 @@ def test_base(tmp_path, monkeypatch, capsys):
         finetune_lora.train_base(finetune_lora.Config(base=str(tmp_path / "other")), None, {}, text)
 
 
+@pytest.mark.thorough
 def test_custom_policy(tmp_path):
     """Both policies hold the budget, and the stages come when they should."""
     options = ["--layers", "1", "--steps", "16", "--interval", "2", "--bits", "6.0"]
@@ -85,7 +86,7 @@ def test_custom_policy(tmp_path):
         assert abs(x["val_loss"] - theirs["val_loss"]) < 0.1
         assert (tmp_path / f"custom_policy_{name.lower()}.png").stat().st_size > 1000
     stages = record["runs"]["stquant.adamw, Stages"]
-    slots = {name.split(".value")[0]: i for i, name in enumerate(stages["slots"][::2])}
+    slots = {name.removesuffix("/mu"): i for i, name in enumerate(stages["slots"][::2])}
     for count, widths in zip(stages["count"], stages["widths"], strict=True):
         pairs = np.reshape(widths, (-1, 2)).tolist()
         ends = [pairs[slots[name]] for name in ("tokens.embedding", "head.kernel")]

@@ -13,11 +13,10 @@ import pytest
 from flax import nnx
 
 from examples import train_clip, train_vit
+from tests import common
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--steps 2 --bits 5.0 --interval 1 --layers 1 --features 64 --batch 4".split()
-
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # two steps take no time, compiling them does
 
 
 def small(module):
@@ -28,7 +27,7 @@ def command(*arguments, cwd=ROOT):
     return subprocess.run(
         [sys.executable, *arguments, *SMALL],
         cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "TQDM_DISABLE": "1"} | FAST,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "TQDM_DISABLE": "1"} | common.QUICK,
         capture_output=True,
         text=True,
         check=False,
@@ -53,11 +52,13 @@ def check(run, folder):
     assert "accuracy" in run.stdout and "stquant.adamw" in run.stdout
 
 
+@pytest.mark.thorough
 def test_train_vit(tmp_path):
     program = ROOT / "examples" / "train_vit.py"
     check(command(program, "--json", "run.json", "--plot", "losses.png", cwd=tmp_path), tmp_path)
 
 
+@pytest.mark.thorough
 def test_train_clip(tmp_path):
     files = "--json", tmp_path / "run.json", "--plot", tmp_path / "losses.png"
     check(command("-m", "examples.train_clip", *files), tmp_path)

@@ -24,9 +24,10 @@ def steps(gradients, mu=5, nu=4, eps=1e-8):
 
 
 @pytest.mark.parametrize(("mu", "nu"), WIDTHS)
-@pytest.mark.parametrize("exponent", [-55, -40, -20, 20, 40, 60])
+@pytest.mark.parametrize("exponent", [-50, -40, -20, 20, 40, 60])
 def test_scale_does_not_matter(mu, nu, exponent):
-    """Powers of two drop out of Adam: only rounding of logarithms tells the runs apart."""
+    """Powers of two drop out of Adam: only rounding of logarithms tells the runs apart. From 2**-55
+    on float32 holds no v of the smallest elements."""
     gradients = [gradient(seed=i) for i in range(4)]
     want, _ = steps(gradients, mu, nu, eps=0.0)
     got, _ = steps([g * 2.0**exponent for g in gradients], mu, nu, eps=0.0)

@@ -1,12 +1,14 @@
 """A training process is killed at random times, restarted, and ends as if nothing had happened."""
 
 import numpy as np
+import pytest
 
-from benchmarks import faults
+from benchmarks.distributed import faults
 
 
+@pytest.mark.thorough
 def test_killed_and_restarted(tmp_path):
-    """`python -m benchmarks.faults` does it thirty times."""
+    """`python -m benchmarks.distributed.faults` does it thirty times."""
     record = faults.faults(tmp_path, kills=3, steps=60, seed=0)
     assert record["kills"] == 3
     assert record["resumed_from"][-1] > 0  # it had something to lose

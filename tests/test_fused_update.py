@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import stquant_jax as stquant
-from stquant_jax.apply import apply_block
-from stquant_jax.noise import dither, keys_of, rounding_bits
-from stquant_jax.rounding import stochastic
+from stquant_jax.rules.apply import apply_block
+from stquant_jax.rules.rounding import stochastic
+from stquant_jax.storage.noise import Dither, keys_of, rounding_bits
 from tests import common
 
 # An exact leaf, one that is folded, a flat one with a ragged end, a tile.
@@ -74,6 +74,7 @@ def test_same_as_the_chain(tx):
     assert (len(plans) > 1) == (tx is ALL)
 
 
+@pytest.mark.thorough
 def test_same_as_separate_programs():
     """Where `apply_updates` is a program of its own, other products are rounded."""
     params, g = parameters(), common.gaussian(SHAPES)
@@ -233,7 +234,7 @@ def test_noise_is_fresh():
     bound = 4.5 / np.sqrt(base.size)
     assert abs(np.mean(base)) < bound * np.sqrt(1 / 12)
     others = [draw(0, 0, 6), draw(0, 0, 7), draw(0, 1, 5), draw(1, 0, 5), np.roll(base, 1)]
-    noise = dither(keys_of(0, jnp.int32(0), jnp.int32(5)), group, element)
+    noise = Dither(keys_of(0, jnp.int32(0), jnp.int32(5)), group, element)
     others += [wide(x).ravel() for x in (noise.nu, noise.mu)]
     for other in others:
         assert abs(np.corrcoef(base, other)[0, 1]) < bound
@@ -285,14 +286,19 @@ def swap(**leaves):
 @pytest.mark.parametrize(
     ("tx", "arguments", "words"),
     [
-        (optax.adam(1e-2), {}, ("tx is", "stquant.adamw", "tx.update")),
-        (optax.chain(ADAM), {}, ("tx is", "a chain")),
-        (stquant.scale_by_adam_q(), {}, ("tx is ScaleByAdamQ", "stquant.adam")),
-        (stquant.solo_adamw(1e-2), {}, ("tx is", "stquant.adam")),
+        *(
+            (tx, {"state": tx.init(PARAMS)}, ("tx is", "stquant.adamw", "tx.update"))
+            for tx in (
+                optax.adam(1e-2),
+                optax.chain(ADAM, optax.scale(2.0)),
+                stquant.scale_by_adam_q(),
+                stquant.solo_adamw(1e-2),
+            )
+        ),
         (None, {}, ("tx is NoneType", "stquant.adam")),
         (ADAM, {"params": None}, ("params=None", "expected the parameters")),
-        (ADAM, {"params": {"tile": PARAMS["tile"]}}, ("params is a tree", "'bias'", "grads")),
-        (ADAM, {"params": list(PARAMS.values())}, ("params is a tree", "'bias'", "grads")),
+        (ADAM, {"params": {"tile": PARAMS["tile"]}}, ("params is another tree", "bias", "grads")),
+        (ADAM, {"params": list(PARAMS.values())}, ("params is another tree", "list", "grads")),
         (ADAM, {"params": swap(bias=jnp.ones(41))}, ("(41,) at 'bias'", "(40,)")),
         (ADAM, {"params": swap(bias=jnp.ones(40, int))}, ("int32 at 'bias'", "floating")),
         (ADAM, {"grads": swap(bias=jnp.ones(40, int))}, ("'bias' has dtype int32", "floating")),

@@ -1,11 +1,13 @@
-"""A few random runs of few programs; `python -m benchmarks.fuzz` has more of both."""
+"""A few random runs of few programs; `python -m benchmarks.codec.fuzz` has more of both."""
 
 import hypothesis
+import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.machine import Machine
 
 
+@pytest.mark.thorough
 def test_fuzz():
     class Few(Machine):
         few = True

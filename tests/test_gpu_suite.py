@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _io, gpu_suite
+from benchmarks import _io
+from benchmarks.gpu import suite as gpu_suite
 from stquant_jax.backends import pallas_gpu
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def test_no_time_left():
 @pytest.mark.skipif(bool(reason), reason=f"backend 'pallas_gpu': {reason}")
 def test_all_sections(tmp_path):
     out = tmp_path / "suite.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--interpret", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu.suite", "--interpret", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     record = json.loads(out.read_text())
     sections = record["sections"]

@@ -14,7 +14,10 @@ import optax
 import pytest
 
 import stquant_jax as stquant
-from stquant_jax import Fixed, Storage, interop
+from stquant_jax import Fixed, Storage
+from stquant_jax.conversion import interop
+from stquant_jax.conversion.moments import slots_of
+from stquant_jax.engine.state import packed_of
 from tests import common, oracle, test_oracle
 from tests import oracle_storage as storage
 from tests.test_oracle import QUANTIZED, read
@@ -79,6 +82,7 @@ def octaves(x, y):
 
 
 @pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.thorough
 def test_what_is_stored(name):
     """Codes are those of the definitions, and by the definitions what `to_optax` tells. Groups keep
     their energy and their length to the steps of the scales."""
@@ -210,6 +214,7 @@ def test_storages():
         chex.assert_trees_all_equal(got["embed 8 8"], want["embed 8 8"])
 
 
+@pytest.mark.thorough
 def test_next_update():
     """It is Optax's from the decoded moments, and close to the one from the moments before."""
     grads, (state, back) = spread(draw(5)), convert(adam())
@@ -229,6 +234,7 @@ def test_next_update():
         assert np.linalg.norm(x - y) <= bound * np.linalg.norm(y) and free.any()
 
 
+@pytest.mark.thorough
 def test_further_steps():
     """In the steps after it switched, a run is no further from the exact one than a run that was
     quantized from the start."""
@@ -294,15 +300,15 @@ def test_programs():
     """One for each geometry, wherever the leaf lies and however wide its codes are. The arena is
     written in place; beside it there are about one leaf's moments, and its result."""
     layout = interop.layout_for(PARAMS, PRECISION, Storage())
-    leaves, slots = zip(*interop.slots_of(layout, converted()[0].precision.plan), strict=True)
+    leaves, slots = zip(*slots_of(layout, converted()[0].precision.plan), strict=True)
     assert len(leaves) == len(LEAVES) and len(set(leaves)) == len(QUANTIZED)
     assert all(kinds(x) == kinds(slots[0]) for x in slots)
 
     x = jnp.zeros((512, 4096))
     state = stquant.scale_by_adam_q(precision=FIXED).init(x)
     layout = interop.layout_for(x, FIXED, Storage())
-    packed = interop.rows.Packed(state.arena, state.mu_scale, state.nu_scale, state.nu_row)
-    ((leaf, at),) = interop.slots_of(layout, state.precision.plan)
+    packed = packed_of(state)
+    ((leaf, at),) = slots_of(layout, state.precision.plan)
     encode = interop._encode, (at, jnp.uint32(0), jnp.int32(1), packed, x, x)
     decode = interop._decode, (at, packed)
     for (program, args), aliased in ((encode, common.nbytes(packed)), (decode, 0)):

@@ -1,6 +1,7 @@
 """What `plan` promises is what `report` finds and what the state holds, to the byte."""
 
 import sys
+from dataclasses import replace
 
 import chex
 import jax
@@ -34,13 +35,20 @@ def test_bytes(precision, storage):
             stquant.plan(PARAMS, precision, storage)
         return
     planned = stquant.plan(PARAMS, precision, storage)
-    assert planned == stquant.report(state, PARAMS, precision, storage)
+    now = stquant.report(state, PARAMS, precision, storage)
+    assert replace(planned, small_bytes=0) == now
     assert planned.total_bytes == common.nbytes(state)
     parts = sum(leaf.bytes for leaf in planned.leaves)
     assert parts + planned.schedule_bytes + planned.free_bytes == planned.total_bytes
     elements = sum(x.size for x in jax.tree.leaves(PARAMS))
     assert planned.reference_bytes == 8 * elements + 4
     assert planned.bits == pytest.approx(32 * common.nbytes(state) / planned.reference_bytes)
+    if bits := getattr(precision, "bits", None):  # of all leaves, or of those that are not small
+        small = planned.small_bytes
+        assert 32 * (planned.total_bytes - small) <= bits * (planned.reference_bytes - small)
+        assert (planned.bits > bits) == bool(small)
+        assert small == sum(x.bytes for x in planned.leaves if "min_size" in x.reason) or not small
+        assert bool(small) == ("Small leaves come on top" in str(planned))
 
 
 def test_shapes_suffice():
@@ -123,7 +131,7 @@ def test_plot(tmp_path, monkeypatch):
     for history in ([], [{"count": 0, "widths": widths[2:]}], [*steps, steps[0] | {"widths": []}]):
         with pytest.raises(ValueError, match="expected at least one, and the 8 slots"):
             report.plot(tmp_path / "none.png", history)
-    with pytest.raises(ValueError, match="0 slots"):
+    with pytest.raises(ValueError, match="no leaf is quantized"):
         stquant.plan({"bias": PARAMS["bias"]}, stquant.Fixed()).plot(tmp_path / "none.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"stquant-jax\[examples\]"):
@@ -168,3 +176,30 @@ def test_optax_state():
     moments, want = common.decode(state, params), optax.scale_by_adam().init(wide(params))
     chex.assert_trees_all_equal(moments, want)
     chex.assert_trees_all_equal_shapes_and_dtypes(moments, want)
+
+
+def test_part_of_the_parameters():
+    """Two groups by `multi_transform`: each state by its mask, and what all parameters take."""
+    decays = jax.tree.map(lambda x: x.ndim > 1, PARAMS)
+    labels = jax.tree.map(lambda decay: "decay" if decay else "none", decays)
+    makers = {name: stquant.adamw(1e-3, weight_decay=0.1) for name in ("decay", "none")}
+    tx = optax.multi_transform(makers, labels)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="not 2"):
+        stquant.report(state, PARAMS)
+    inner = state.inner_states["decay"]
+    with pytest.raises(ValueError, match="params need .* pass mask="):
+        stquant.report(inner, PARAMS)
+    for mask in (decays, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)):
+        found = stquant.report(inner, PARAMS, mask=mask)
+        assert {leaf.path for leaf in found.leaves} == {k for k, x in decays.items() if x}
+        planned = stquant.plan(PARAMS, mask=mask)
+        assert replace(planned, others=0, small_bytes=0) == found
+        assert planned.others == sum(x.size for x in PARAMS.values() if x.ndim < 2)
+        exact = 8 * planned.others
+        bits = 32 * (planned.total_bytes + exact) / (planned.reference_bytes + exact)
+        assert f"all parameters take {bits:.3f} bits" in planned.notes[-1]
+        named = stquant.metrics(inner, PARAMS, mask=mask)
+        assert {name.split("/")[1] for name in named if name.startswith("widths/")} == {
+            leaf.path for leaf in found.leaves if leaf.kind != "exact"
+        }

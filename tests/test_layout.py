@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stquant_jax import arena
-from stquant_jax.layout import MAX_WASTE, TILE, Storage, from_tiles, layout_of, to_tiles
-from stquant_jax.places import Place
+from stquant_jax.storage import arena
+from stquant_jax.storage.layout import MAX_WASTE, layout_of
+from stquant_jax.storage.places import Place
+from stquant_jax.storage.planes import TILE
+from stquant_jax.storage.settings import Storage
+from stquant_jax.storage.tiling import from_tiles, to_tiles
 from tests import oracle_storage
 
 # Shape and format; groups run along the shorter axis.
@@ -61,6 +64,7 @@ def test_kinds(shape, kind):
     np.testing.assert_array_equal(tiles_of(index(shape), leaf), want.element + 1)
 
 
+@settings(max_examples=12)  # each is a program
 @given(st.lists(st.integers(1, 70), min_size=0, max_size=4).map(tuple))
 def test_round_trip(shape):
     """Any shape, scalars too, and what is padding: against the definition."""
@@ -72,6 +76,7 @@ def test_round_trip(shape):
         np.testing.assert_array_equal(tiles, oracle_storage.place(shape).element + 1)
 
 
+@settings(max_examples=12)  # each is a program
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=4).map(tuple))
 def test_places(shape):
     """Groups are numbered as defined. Padding has no weight, or lies in a group with no element."""

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import memory
+from benchmarks.memory import training as memory
 from benchmarks.shapes import SETS, size
 
 TINY = {

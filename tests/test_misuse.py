@@ -1,6 +1,8 @@
 """Calls that a confused user makes: each is an error that names the argument, what it got and what
 is accepted. What is not an error does what the documentation says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,19 +20,26 @@ FIXED = Fixed(5, 4)
 PARAMS = common.zeros({"tile": (128, 32), "bias": (40,)})
 OTHER = common.zeros({"kernel": (128, 64)})
 TX = quantized(precision=FIXED)
-STATE = TX.init(PARAMS)
+STATE = jax.jit(TX.init)(PARAMS)  # one program, where each operation would be one
 ADAM = stquant.adam(1e-3, precision=FIXED)
 ADAMW = stquant.adamw(1e-3, precision=FIXED)
 OPTAX = optax.scale_by_adam().init(PARAMS)
 SOLO = stquant.scale_by_solo()
 LION = optax.lion(1e-3)
 QUANTIZED = quantize(optax.scale_by_adam(), Fixed(8, 8))
-HELD = QUANTIZED.init(PARAMS)
+HELD = jax.jit(QUANTIZED.init)(PARAMS)
 PORTABLE = stquant.to_portable(STATE, PARAMS, FIXED)
 SHAPES = jax.eval_shape(lambda: PARAMS)
 STATE_SHAPES = jax.eval_shape(TX.init, PARAMS)
 MESH = jax.make_mesh((4, 2), ("a", "b"))
 MOVING = common.zeros({"kernel": (256, 128)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Fixed):
+    """A policy with a field that cannot be hashed."""
+
+    stages: list = dataclasses.field(default_factory=list)
 
 
 def cast(tree, dtype):
@@ -96,6 +105,7 @@ MISUSE = [
     (lambda: quantized(precision=None), "precision=None", "stquant.Budget(5.0)"),
     (lambda: quantized(precision=Budget), "precision=<class", "stquant.Budget(5.0)"),
     (lambda: quantized(precision=stquant.Policy()), "precision=<", "stquant.Budget(5.0)"),
+    (lambda: quantized(precision=Listed()), "cannot be hashed", "frozen dataclass"),
     # storage
     (lambda: Storage("xla"), "min_size='xla'", "integer"),
     (lambda: Storage(seed=jax.random.key(0)), "seed=Array", "integer"),
@@ -145,43 +155,46 @@ MISUSE = [
     (update(arena=None), "of other arrays", "what init and update return"),
     (update(arena=STATE.arena[:4]), "plan takes 9 rows", "which has 4"),
     (update(arena=STATE.arena[:, :64]), "uint32[9, 64]", "uint32[9, 128]"),
-    (update(arena=cast(STATE.arena, float)), "float32[9, 128]", "uint32[9, 128]"),
+    (update(arena=cast(STATE.arena, float)), "arena is float32[9, 128]", "stquant.to_optax"),
     (update(mu_scale=cast(STATE.mu_scale, float)), "float32[1, 128]", "uint8[1, 128]"),
     (update(nu_scale=STATE.nu_scale[:, :3]), "uint16[1, 3]", "uint16[1, 128]"),
     (update(nu_row=STATE.nu_row[:3]), "uint8[3]", "uint8[32]"),
     (update(exact=cast(STATE.exact, jnp.bfloat16)), "bfloat16[2, 40]", "float32[2, 40]"),
-    (lambda: TX.update(PARAMS, cast(STATE, jnp.bfloat16)), "is bfloat16[", "expected"),
+    (lambda: TX.update(PARAMS, cast(STATE, jnp.bfloat16)), "is bfloat16[9", "uint32"),
     (update(precision=None), "of other arrays", "what init and update return"),
     (schedule(tally=()), "is missing: expected", "what init and update return"),
     (schedule(plan=STATE.precision.plan._replace(widths=jnp.full(2, 9))), "18 rows", "has 9"),
     (moved(Budget(5.0), STQuant(5.0)), "octaves is missing", "stquant.resize"),
-    (moved(STQuant(5.0), Budget(5.0)), "octaves is float32[4]", "stquant.resize"),
+    (moved(STQuant(5.0), Budget(5.0)), "octaves is float32[4, 1]", "stquant.resize"),
     (moved(FIXED, Budget(5.5)), "arena has 72 rows", "stquant.resize"),
-    (moved(STQuant(5.0), STQuant(5.0, factors={"rms": (1, 1)})), "float32[4]", "float32[1]"),
+    (moved(STQuant(5.0), STQuant(5.0, factors={"rms": (1, 1)})), "float32[4, 1]", "float32[1, 1]"),
     # fused_update
-    (fused(tx=TX), "tx is ScaleByAdamQ", "stquant.adam or stquant.adamw"),
-    (fused(tx=optax.adam(1e-3)), "tx is GradientTransf", "stquant.adam or stquant.adamw"),
+    (fused(tx=TX, state=STATE), "tx is ScaleByAdamQ", "stquant.adam or stquant.adamw"),
+    (fused(tx=LION, state=LION.init(PARAMS)), "tx is GradientTransf", "stquant.adamw"),
+    (fused(tx=None), "tx is NoneType", "stquant.adamw"),
     (fused(state=STATE), "state is ScaleByAdamQState", "tuple of 2 states"),
     (fused(state=ADAMW.init(PARAMS)), "state is tuple", "tuple of 2 states"),
     (fused(params=None), "params=None", "expected the parameters"),
     (fused(params=SHAPES), "params has ShapeDtypeStructs", "expected arrays"),
-    (fused(params=OTHER), "params is a tree", "that of grads"),
-    (fused(grads=None), "params is a tree", "that of grads"),
+    (fused(params=OTHER), "params is another tree", "one like it"),
+    (fused(grads=None), "these gradients need 0", "expected gradients"),
     (fused(stochastic_rounding=1), "stochastic_rounding=1", "True or False"),
     # plan, report, metrics
     (lambda: stquant.report(STATE_SHAPES, PARAMS, FIXED), "ShapeDtypeStructs", "arrays"),
     (lambda: stquant.report(PARAMS, STATE, FIXED), "state is dict", "ScaleByAdamQState"),
-    (lambda: stquant.report(STATE, OTHER, FIXED), "gradients need 2", "the tree"),
+    (lambda: stquant.report(STATE, OTHER, FIXED), "params need 2", "the tree"),
     (lambda: stquant.report(STATE, PARAMS, FIXED, Storage(), MESH), "sharding=Mesh", "Sharding"),
     (lambda: stquant.metrics(STATE_SHAPES), "state has ShapeDtypeStructs", "expected arrays"),
-    (lambda: stquant.metrics(PARAMS), "state is dict", "ScaleByAdamQState"),
-    (lambda: stquant.metrics(SOLO.init(PARAMS)), "ScaleBySoloState", "ScaleByAdamQState"),
+    (lambda: stquant.metrics(PARAMS), "state is dict", "not none"),
+    (lambda: stquant.metrics((STATE, STATE)), "state is tuple", "not 2"),
+    (lambda: stquant.metrics(STATE, OTHER | PARAMS), "2 slots, but params need 4", "mask="),
+    (lambda: stquant.plan(PARAMS, mask="bias"), "mask has 'bias'", "True and False"),
     (plot(stquant.metrics(STATE)), "history is dict", "a list of what stquant.metrics"),
     (plot([{"count": 1}]), "history is list (KeyError('widths'))", "a list of what"),
     (plot(5), "history is int", "a list of what"),
     # resize
     (lambda: stquant.resize(STATE, PARAMS, 6.0), "precision=6.0", "stquant.Budget(5.0)"),
-    (lambda: stquant.resize(STATE, OTHER, FIXED), "gradients need 2", "the tree"),
+    (lambda: stquant.resize(STATE, OTHER, FIXED), "params need 2", "the tree"),
     (lambda: stquant.resize(STATE_SHAPES, PARAMS, FIXED), "ShapeDtypeStructs", "arrays"),
     (lambda: stquant.resize(STATE, PARAMS, Budget(0.1)), "bits=0.1", "smallest budget"),
     # Optax and back
@@ -199,7 +212,7 @@ MISUSE = [
     (lambda: stquant.to_optax(STATE, PARAMS, FIXED, mu_dtype="fast"), "mu_dtype='fast'", "None"),
     # portable and back
     (lambda: stquant.to_portable(PORTABLE, PARAMS, FIXED), "state is dict", "AdamQState"),
-    (lambda: stquant.to_portable(STATE, OTHER, FIXED), "gradients need 2", "the tree"),
+    (lambda: stquant.to_portable(STATE, OTHER, FIXED), "params need 2", "the tree"),
     (jax.jit(lambda: stquant.to_portable(TX.init(PARAMS), PARAMS, FIXED)), "traced", "outside"),
     (jax.jit(lambda: restored(count=jnp.int32(1) + 0)()), "portable is traced", "outside"),
     (lambda: stquant.from_portable(STATE, PARAMS), "portable is", "what to_portable returned"),
@@ -246,8 +259,8 @@ MISUSE = [
     (lambda: QUANTIZED.update(SHAPES, HELD), "updates has ShapeDtypeStructs", "arrays"),
     (lambda: QUANTIZED.update(PARAMS, HELD._replace(steps=None)), "state.steps", "int32[]"),
     (lambda: QUANTIZED.update(PARAMS, HELD._replace(steps=1.5)), "state.steps", "int32[]"),
-    (lambda: QUANTIZED.update(PARAMS, cast(HELD, jnp.bfloat16)), "is bfloat16[]", "int32[]"),
-    (lambda: stquant.metrics(HELD), "state is QuantizedState", "ScaleByAdamQState"),
+    (lambda: QUANTIZED.update(PARAMS, cast(HELD, jnp.bfloat16)), "arena is bfloat16[", "uint32"),
+    (lambda: stquant.report(HELD, PARAMS), "state is QuantizedState", "ScaleByAdamQState"),
     (lambda: stquant.lion(1e-3, precision=5.0), "precision=5.0", "stquant.Budget(5.0)"),
     # SOLO
     (lambda: stquant.scale_by_solo(sharding=MESH), "sharding=Mesh", "stquant.Sharding"),
@@ -279,6 +292,7 @@ def test_state_of_numpy():
 DTYPES = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16, jnp.bfloat16, jnp.float32]
 
 
+@pytest.mark.thorough
 def test_leaves():
     """Of any real floating dtype, scalars, empty ones, None: updates are like them, and finite."""
     tile = common.gaussian({"tile": (128, 32)}, spread=0.1)["tile"] * 1e3
@@ -310,6 +324,7 @@ def test_negative_zero():
     assert not np.any(state.mu_scale) and not np.any(state.nu_scale)
 
 
+@pytest.mark.thorough
 def test_last_count():
     """It stays there, and updates go on."""
     grads, state = common.gaussian(), common.init(common.zeros())

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stquant_jax.noise import dither, keys_of
-from stquant_jax.numerics import TINY, exp2, hash32, log2, to_code, to_float
-from tests import oracle_storage
+from stquant_jax.storage.noise import Dither, keys_of
+from stquant_jax.storage.numerics import (
+    EXP2_FIXED_ONE,
+    TINY,
+    exp2,
+    exp2_of_fixed,
+    hash32,
+    log2,
+    log2_of_ratio,
+    to_code,
+    to_float,
+)
+from tests import oracle, oracle_storage
 
 HASH = jax.jit(hash32)
 
@@ -42,10 +52,35 @@ def test_log2(x):
     assert relative_error(jax.jit(log2)(x), np.log2(x.astype(np.float64))) < 4e-7
 
 
-def test_log2_of_powers_of_two():
+@pytest.mark.parametrize("of", [log2, log2_of_ratio])
+def test_log2_of_powers_of_two(of):
     """Exact, so that a group that does not grow does not drift."""
     k = np.arange(-126, 128)
-    np.testing.assert_array_equal(jax.jit(log2)(np.exp2(k).astype(np.float32)), k)
+    np.testing.assert_array_equal(jax.jit(of)(np.exp2(k).astype(np.float32)), k)
+
+
+def test_log2_of_ratio():
+    """Near 1 the drift is what it is to a part in 2,000; of zero it is far away."""
+    x = np.concatenate([np.geomspace(1e-30, 1e30, 100_001), 1 + np.linspace(-1e-3, 1e-3, 10_001)])
+    x = x.astype(np.float32)
+    x = x[x != 1]
+    got = jax.jit(log2_of_ratio)(np.append(x, np.float32(0)))
+    assert relative_error(got[:-1], np.log2(x.astype(np.float64))) < 1e-3
+    near = np.abs(x - 1) < 1e-2
+    assert relative_error(got[:-1][near], np.log2(x[near].astype(np.float64))) < 1e-4
+    assert got[-1] == -127
+
+
+def test_exp2_of_fixed():
+    """Falls, from 1 by a half an octave, by what the oracle says."""
+    x = np.unique(np.concatenate([np.linspace(0, 100, 100_001) * 2**23, np.arange(100) << 23]))
+    x = x.astype(np.int32)
+    got = np.asarray(jax.jit(exp2_of_fixed)(x), np.float64)
+    octaves = x / EXP2_FIXED_ONE
+    assert np.all(np.diff(got) < 0)
+    np.testing.assert_array_equal(got[np.isin(x, np.arange(100) << 23)], 0.5 ** np.arange(100))
+    assert relative_error(got, 2.0**-octaves) < 1.1e-4
+    assert relative_error(got, oracle.root_nu(octaves, 1.0)) < 3e-7
 
 
 @given(st.lists(st.integers(0, 2**22 - 1), min_size=1, max_size=8))
@@ -91,7 +126,8 @@ def noise(seed=0, leaf=0, step=1, groups=4096):
 
 @partial(jax.jit, static_argnums=0)
 def draw(seed, leaf, step, group, element):
-    return dither(keys_of(seed, leaf, step), group, element)
+    found = Dither(keys_of(seed, leaf, step), group, element)
+    return oracle_storage.Noise(found.nu, found.mu, found.nu_coin, found.mu_coin)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
@@ -102,21 +138,34 @@ def test_noise_by_definition(seed):
 
 
 def test_noise_is_uniform():
-    """Chi-squared over 64 cells: mean 63, deviation 11."""
-    for x in noise():
+    """Chi-squared over 64 cells: mean 63, deviation 11, of elements next to nothing; mu's about
+    zero."""
+    for name, x in noise()._asdict().items():
+        x = x + 0.5 if name == "mu" else x
         assert 0 <= x.min() and x.max() < 1
         count, _ = np.histogram(x, 64, (0, 1))
         mean = x.size / 64
-        assert np.sum((count - mean) ** 2 / mean) < 63 + 5 * 11
+        bound = 63 + 5 * 11 if name.endswith("coin") else 1.0
+        assert np.sum((count - mean) ** 2 / mean) < bound
+
+
+def test_noise_of_a_group():
+    """The numbers of its elements leave no gap wider than 5/32: their rounding nearly cancels."""
+    found = noise()
+    for x in (found.nu, found.mu + 0.5):
+        gaps = np.diff(np.sort(x, axis=0), axis=0, append=np.min(x, axis=0, keepdims=True) + 1)
+        assert gaps.max() < 5 / 32
 
 
 def test_noise_is_independent():
-    """Of elements, groups, leaves, seeds and each other; mu's also from step to step."""
+    """Of groups, leaves, seeds and each other for coins; mu's of an element from step to step."""
     a = noise()
-    pairs = [(a.nu, noise(leaf=1).nu), (a.nu, noise(seed=1).nu), (a.nu, a.mu)]
-    pairs += [(a.nu[:-1], a.nu[1:]), (a.nu[:, :-1], a.nu[:, 1:]), (a.nu_coin, a.mu_coin)]
-    pairs += [(a.mu, noise(step=lag).mu) for lag in (2, 3, 11)]
-    pairs += [(a.nu[:1], a.nu_coin), (a.mu[:1], a.mu_coin), (a.mu[:, :-1], a.mu[:, 1:])]
+    pairs = [(a.nu_coin, a.mu_coin), (a.nu_coin[:, :-1], a.nu_coin[:, 1:])]
+    pairs += [(a.nu_coin, noise(leaf=1).nu_coin), (a.nu_coin, noise(seed=1).nu_coin)]
+    pairs += [(a.nu[:1], a.nu_coin), (a.mu[:1], a.mu_coin)]
+    fresh = np.stack([noise(step=t, groups=1).mu[5, 0] for t in range(4096)])
+    rotated = np.stack([noise(step=t, groups=1).nu[5, 0] for t in range(4096)])
+    pairs += [(fresh[:-lag], fresh[lag:]) for lag in (1, 2, 3, 11)] + [(fresh, rotated)]
     for x, y in pairs:
         x, y = np.ravel(x), np.ravel(y)
         assert abs(np.corrcoef(x, y)[0, 1]) < 5 / np.sqrt(x.size)

@@ -13,7 +13,7 @@ from tests import oracle_storage as storage
 WIDTHS = [(2, 0), (3, 1), (4, 2), (5, 3), (5, 4), (6, 5), (7, 6), (8, 7), (8, 8)]
 QUANTIZED = {name: shape for name, shape in sorted(common.SHAPES.items()) if name != "bias"}
 PLACES = {name: storage.place(shape) for name, shape in QUANTIZED.items()}
-CHECKED = (1, 2, 3, 31, 32, 40)  # the row in turn is the count modulo 32
+CHECKED = (1, 2, 3, 31, 32, 40)  # the round-robin row is the count modulo 32
 
 
 def gradients(step):
@@ -50,10 +50,10 @@ def read(state, places=PLACES):
     return leaves
 
 
-def assert_close(got, want, where, share=0.999):
+def assert_close(got, want, where, share=0.999, few=2):
     """Codes are equal but for a few that are one apart."""
     got, want = (np.broadcast_to(x, where.shape)[where] for x in (got, want))
-    assert np.sum(got != want) <= 2 + (1 - share) * got.size
+    assert np.sum(got != want) <= few + (1 - share) * got.size
     assert np.max(np.abs(got - want), initial=0) <= 1
 
 
@@ -62,7 +62,8 @@ def assert_leaf(update, got, want_update, want, place):
     rows, groups = inside.any(-1, keepdims=True), inside.any(-2, keepdims=True)
     living = inside & (want.nu_scale > 0) & (want.nu_scale < oracle.BASE_NOT_FINITE)
     assert_close(got.nu_row, want.nu_row, rows)
-    assert_close(got.nu, want.nu, living)
+    # A group's codes count from its largest element: where that one's is another, all are.
+    assert_close(got.nu, want.nu, living, few=2 * storage.GROUP)
     # The update shrinks toward its row, the scale makes up for the codes, and mu is coded relative
     # to nu as stored: they are compared where nu fell alike. One ulp of a base of 50 octaves is
     # 1/500 of the scale's step.

@@ -1,6 +1,6 @@
 """States of PyTorch's optimizers in few bits: what they hold, and a run that goes on from them.
 
-`benchmarks/peer_states.py` made tests/data/peers, with the libraries themselves.
+`benchmarks/codec/peer_states.py` made tests/data/peers, with the libraries themselves.
 """
 
 import hashlib
@@ -364,9 +364,9 @@ def test_foreign_files():
 
 def test_page():
     """Its examples run, and its export is the one that made the files."""
-    text = (ROOT / "docs" / "howto" / "from_torch.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "from_torch.md").read_text()
     (export,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
-    assert export in (ROOT / "benchmarks" / "peer_states.py").read_text()
+    assert export in (ROOT / "benchmarks" / "codec" / "peer_states.py").read_text()
     names = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, names)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stquant_jax import arena, planes
+from stquant_jax.storage import arena, planes
 from tests import oracle_storage
 
 PACK, UNPACK = jax.jit(planes.pack), jax.jit(planes.unpack)

@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import stquant_jax as stquant
-from benchmarks import faults
+from benchmarks.distributed import faults
 from examples import train_pod
+from tests import common
 
 STEPS, HALF = 6, 3
 FLAGS = ["--steps", STEPS, "--save-every", HALF, "--log-every", 1, "--keep", 9]
 FLAGS += ["--batch", 4, "--length", 32, "--interval", 2, "--bits", 4.5]
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # to compile, not to run
 
 
 def train(where, *processes):
@@ -27,7 +27,7 @@ def train(where, *processes):
         running = []
         for name, *flags in processes:
             files = "--directory", where / name, "--json", where / f"{name}.json"
-            running.append(faults.start(*FLAGS, *files, *flags, env=FAST, stderr=errors))
+            running.append(faults.start(*FLAGS, *files, *flags, env=common.QUICK, stderr=errors))
         try:
             for process in running:
                 process.communicate(timeout=300)
@@ -60,12 +60,14 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", (HALF, STEPS))
+@pytest.mark.thorough
 def test_two_processes_are_as_one(runs, step):
     """Sums over two devices have the same bits in either order, however they travel."""
     assert losses(runs, "two") == losses(runs, "one")
     assert not faults.differing(faults.read(runs / "two", step), faults.read(runs / "one", step))
 
 
+@pytest.mark.thorough
 def test_another_mesh(runs):
     """Two processes of a device each go on from what one of four devices saved half-way."""
     shutil.copytree(runs / "one" / str(HALF), runs / "other" / str(HALF))

@@ -31,6 +31,7 @@ def assert_same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.thorough
 def test_as_it_is(state, tmp_path):
     """On the mesh that it was made on a state needs nothing of ours, empty arrays included."""
     nothing_exact = {"kernel": jnp.ones((128, 128))}
@@ -46,6 +47,15 @@ def test_as_it_is(state, tmp_path):
         assert [a.sharding for a in jax.tree.leaves(again)] == [
             b.sharding for b in jax.tree.leaves(x)
         ]
+
+
+@pytest.mark.thorough
+def test_boxes_in_names(portable):
+    """Version 0.1 called the leaves of Flax's variables by their boxes, too."""
+    clip, (own, *rest) = portable
+    leaves = {f"{name}.value": x for name, x in own["leaves"].items()}
+    boxed = stquant.from_portable((clip, (own | {"leaves": leaves}, *rest)), PARAMS)
+    assert_same(boxed, stquant.from_portable(portable, PARAMS))
 
 
 def test_portable(state, tmp_path):
@@ -142,6 +152,7 @@ def test_foreign(state, portable):
         jax.jit(lambda s: stquant.to_portable(s, PARAMS))(state)
 
 
+@pytest.mark.thorough
 def test_larger_budget(portable):
     """Moves to any budget that holds the plan; `resize` makes use of the rest."""
     state = stquant.from_portable(portable, PARAMS, stquant.Budget(6.0))

@@ -149,11 +149,17 @@ def test_budget_is_kept_and_used_by_models(name, bits):
     )
 )
 def test_floor(shapes):
-    """The error names the smallest budget that fits, and it does fit."""
+    """The error names the smallest budget that fits, and it does fit, small leaves apart."""
     tree = {str(i): shape for i, shape in enumerate(shapes)}
+    small = {name for name, shape in tree.items() if np.prod(shape) < stquant.Storage().min_size}
+    large = {name: shape for name, shape in tree.items() if name not in small}
+    if not large:
+        assert nbytes(state_of(tree, stquant.Budget(0.1))) < reference_bytes(tree) + 4096
+        return
     bits = smallest(tree)
-    state = state_of(tree, stquant.Budget(bits))
-    assert nbytes(state) <= bits / 32 * reference_bytes(tree)
+    held, reference = nbytes(state_of(tree, stquant.Budget(bits))), reference_bytes(tree)
+    apart = reference - reference_bytes(large)
+    assert held <= max(bits / 32 * reference, bits / 32 * (reference - apart) + apart)
     if bits > 0.002:
         smallest(tree, round(bits - 0.002, 4))
 
@@ -222,6 +228,7 @@ class Greedy(stquant.Fixed):
         return state._replace(plan=state.plan._replace(widths=widths))
 
 
+@pytest.mark.thorough
 def test_a_plan_that_cannot_be_stored_shows_in_every_update():
     params = {"one": jnp.ones((128, 128)), "bias": jnp.ones(8)}
     tx = stquant.scale_by_adam_q(precision=Greedy(5, 4))

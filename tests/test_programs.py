@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import formats
+from benchmarks.codec import formats
+from tests import common
 
 ROOT = Path(__file__).parent.parent
 RANDOM = np.random.default_rng(0)
@@ -125,12 +126,13 @@ def test_help(path, monkeypatch, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_train_gpt(tmp_path):
     """Two steps of a small model: losses alike, one program a run, every number in its place."""
     command = [sys.executable, str(ROOT / "examples" / "train_gpt.py"), "--steps", "2"]
     command += ["--bits", "5.0", "4.0", "--interval", "1", "--layers", "1", "--features", "64"]
     command += ["--length", "16", "--batch", "2", "--json", "run.json"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TQDM_DISABLE": "1"}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "TQDM_DISABLE": "1"} | common.QUICK
     run = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

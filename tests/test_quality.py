@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import formats, gain, quality
-from benchmarks.contenders import (
+from benchmarks.codec import formats, gain
+from benchmarks.quality import training as quality
+from benchmarks.quality.contenders import (
     AGAINST,
     FINE,
     MATRIX,

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import stquant_jax as stquant
 from benchmarks.shapes import blocks
-from stquant_jax import arena as rows
 from stquant_jax import codecs
 from stquant_jax.backends.repack import repack
-from stquant_jax.planning import layout_for
+from stquant_jax.engine.planning import layout_for
 from stquant_jax.precision import Fixed, Plan
+from stquant_jax.storage import arena as rows
 from tests import common, oracle
 from tests import oracle_storage as storage
 from tests.test_oracle import PLACES, assert_close, gradients, read, slots
@@ -375,6 +375,7 @@ def assert_follows(before, after, plan, new_plan, count):
 
 @hypothesis.settings(max_examples=400, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
+@pytest.mark.thorough
 def test_ten_thousand_plans(seed):
     """Every slot after each of 25 random plans in a row, 400 times from new contents."""
     random = np.random.default_rng(seed)
@@ -427,6 +428,7 @@ def test_repack_is_in_place(branch):
     assert memory.temp_size_in_bytes < 2**20
 
 
+@pytest.mark.thorough
 def test_update_with_a_policy_is_in_place():
     """Inside a `lax.scan` over whole updates, a policy costs less than 1 MiB and no copy."""
     temporary = {}

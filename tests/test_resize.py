@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import stquant_jax as stquant
+from stquant_jax.conversion.resize import resize
 from stquant_jax.precision.policy import DEFAULT_SHRINKAGE, DEFAULT_WINDOW
-from stquant_jax.resizing import resize
 from tests import common
 
 PARAMS = common.zeros()
@@ -115,6 +115,7 @@ def test_same_policy():
     chex.assert_trees_all_equal(new.mu_noise, old.mu_noise)
 
 
+@pytest.mark.thorough
 def test_in_a_run():
     """Of an optimizer's state all else stays, and training goes on with the new optimizer."""
     shapes = common.TILE | {"bias": (40,)}

@@ -81,7 +81,7 @@ def test_bits(case):
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [(FSDP, TWO), (ZERO, None), (None, ZERO)],
+    [(FSDP, None), (TWO, ZERO), (None, ZERO)],
     ids=lambda case: case.name if case else "one device",
 )
 def test_restored_on_another_mesh(source, target):
@@ -139,6 +139,7 @@ def test_program(case):
 
 
 @pytest.mark.parametrize("case", [FSDP, ZERO], ids=lambda case: case.name)
+@pytest.mark.thorough
 def test_shardings_stay(case):
     """From init through update, jit and scan."""
     run = run_of(case)
@@ -278,6 +279,7 @@ def test_state_of_another_mesh():
 # --- parts that cut through tiles ---
 
 
+@pytest.mark.thorough
 def test_torn():
     """Laid out part by part, and said so; too small for that, exact. Rows tell less of elements
     that do not lie in tiles of their leaf."""
@@ -314,6 +316,7 @@ def test_torn():
 # --- as it is used ---
 
 
+@pytest.mark.thorough
 def test_fused_update():
     """New parameters, rounded at random, are those of one device."""
     case, names = ZERO, ("wide", "flat", "bias")
@@ -331,6 +334,7 @@ def test_fused_update():
     assert_same(done[0], done[1])
 
 
+@pytest.mark.thorough
 def test_conversions():
     """`resize`, `to_optax` and `from_optax` on a mesh do what they do on one device."""
     case, grads = TWO, {name: gradients(0)[name] for name in ("stack", "flat", "bias")}
@@ -347,6 +351,7 @@ def test_conversions():
         back = stquant.from_optax(exact, grads, BUDGET, sharding=sharding)
         back = stquant.to_portable(back, grads, BUDGET, sharding=sharding)
         metrics = stquant.metrics(state)
+        del metrics["megabytes"]  # of all devices, whose arenas have rows of their own to spare
         done.append(jax.device_get((told, exact, back, metrics)))
     assert_same(done[1], done[0])
 
@@ -383,6 +388,7 @@ class MLP(nnx.Module):
         return self.down(jax.nn.relu(self.up(x)))
 
 
+@pytest.mark.thorough
 def test_nnx():
     """nnx.Optimizer, a model made on the mesh, a training step under nnx.jit."""
     with jax.set_mesh(MESH):
@@ -403,6 +409,7 @@ def test_nnx():
     assert model.up.kernel.get_value().sharding.spec == P(None, "a")
 
 
+@pytest.mark.thorough
 def test_train_state():
     """The other Flax's TrainState, by what init was given."""
     params = small()

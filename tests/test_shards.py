@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stquant_jax.layout import Storage, layout_of, to_tiles
-from stquant_jax.places import Place
-from stquant_jax.shards import part_of, tile_order
+from stquant_jax.sharding.shards import part_of, tile_order
+from stquant_jax.storage.layout import layout_of
+from stquant_jax.storage.places import Place
+from stquant_jax.storage.settings import Storage
+from stquant_jax.storage.tiling import to_tiles
 from tests import oracle_storage
 
 STORAGE = Storage(min_size=0, backend="xla", row_alignment=1)

@@ -107,7 +107,7 @@ def test_what_moves_less_than_a_level_moves_on_average(width):
 @pytest.mark.parametrize("decay", (0.9, 0.99, 0.999))
 def test_closed_loop(decay):
     """An average of noisy gradients at 8 bits, everything fed back: what quantize_state promises
-    of a moment (docs/design.md)."""
+    of a moment (docs/explanation/design.md)."""
     steps = 600
     noise = partial(np.random.default_rng(1).standard_normal, (32, GROUPS))
     exact = held = np.zeros((32, GROUPS), np.float32)

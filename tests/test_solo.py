@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stquant_jax import blocks as codecs
-from stquant_jax import solo
-from stquant_jax.layout import Storage
-from stquant_jax.solo import scale_by_solo, solo_adamw, solo_momentum, swamping_bound
+from stquant_jax.solo import codecs, decays
+from stquant_jax.solo.decays import solo_momentum, swamping_bound
+from stquant_jax.solo.transform import scale_by_solo, solo_adamw
+from stquant_jax.storage.settings import Storage
 from tests import common, oracle_solo
 
 WIDTHS = (2, 3, 4)
@@ -405,11 +405,11 @@ def test_quadratic(bits):
 # --- what the paper says of momentum and swamping ---
 
 
-@pytest.mark.parametrize("bits", solo.HALF_GAP)
+@pytest.mark.parametrize("bits", decays.HALF_GAP)
 def test_half_gaps(bits):
     """The paper's, to three digits."""
     gap = np.median(np.diff(oracle_solo.levels(bits)))
-    assert abs(gap / 2 - solo.HALF_GAP[bits]) < 0.0005 + 1e-9
+    assert abs(gap / 2 - decays.HALF_GAP[bits]) < 0.0005 + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -420,11 +420,11 @@ def test_momentum_table(reference_bits, momenta):
     np.testing.assert_array_equal(np.round(got, 3), momenta)
 
 
-@given(st.floats(0, 0.999), st.sampled_from(sorted(solo.HALF_GAP)))
+@given(st.floats(0, 0.999), st.sampled_from(sorted(decays.HALF_GAP)))
 def test_momentum(reference, bits):
     """Its own at the same width; with less precision, less momentum."""
     np.testing.assert_allclose(solo_momentum(bits, reference, bits), reference, atol=1e-12)
-    momenta = [solo_momentum(b, reference, bits) for b in sorted(solo.HALF_GAP)]
+    momenta = [solo_momentum(b, reference, bits) for b in sorted(decays.HALF_GAP)]
     assert np.all(np.diff(momenta) >= 0) and 0 <= momenta[0] and momenta[-1] < 1
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import stquant_jax as stquant
-from stquant_jax import arena as rows
 from stquant_jax.backends import loops, xla
 from stquant_jax.codecs import lane_sum
-from stquant_jax.layout import Storage
-from stquant_jax.planning import layout_for
+from stquant_jax.engine.planning import layout_for
 from stquant_jax.precision import Fixed, Sums, statistics
 from stquant_jax.precision.statistics import INTERVAL
-from stquant_jax.rules import Adam
+from stquant_jax.rules.adam import Adam
+from stquant_jax.storage import arena as rows
+from stquant_jax.storage.settings import Storage
 from tests import common, oracle
 from tests import oracle_storage as storage
 from tests.test_oracle import PLACES, gradients, read
@@ -51,7 +51,7 @@ def renewed(state):
 
 @pytest.mark.parametrize(("mu", "nu"), [(2, 0), (3, 2), (4, 1), (5, 4), (8, 8)])
 def test_sums(mu, nu):
-    """Of the row in turn of each tile, from the codes that the step leaves."""
+    """Of the round-robin row of each tile, from the codes that the step leaves."""
     adam = oracle.Adam(b1=0.9, b2=0.99)
     state = common.init(common.zeros(), mu, nu, WINDOW)
     for count in range(1, 34):

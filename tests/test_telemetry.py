@@ -8,13 +8,14 @@ import optax
 import pytest
 
 import stquant_jax as stquant
-from stquant_jax.telemetry import metrics
+from stquant_jax.inspection.metrics import metrics
 from tests import common
 
 PARAMS = common.zeros()
 PLAN = stquant.plan(PARAMS, stquant.Fixed(5, 4))
 SLOTS, LEAVES = len(PLAN.slots), len(PLAN.slots) // 2
 OF_ALL = {
+    "megabytes": ((), jnp.float32),
     "count": ((), jnp.int32),
     "widths": ((SLOTS,), jnp.int32),
     "windows": ((SLOTS,), jnp.int32),
@@ -58,8 +59,9 @@ def test_jit_and_wrappers():
     assert got["widths"].tolist() == [5, 4] * LEAVES
     for share in ("mu_zeros", "nu_saturation"):
         assert np.all((got[share] >= 0) & (got[share] <= 1))
-    for part in got["distortion"][::2], got["distortion"][1::2], got["spread"]:
+    for part in got["distortion"][::2], got["distortion"][1::2]:
         assert np.all((part > 0) & (part < 1))
+    assert np.all((got["spread"] > 0) & (got["spread"] < 10))  # of single gradients, nearly
 
 
 def test_distortion_falls_with_the_width():

@@ -19,6 +19,7 @@ def optimizer(**storage):
     return stquant.scale_by_adam_q(precision=PRECISION, storage=stquant.Storage(**storage))
 
 
+@pytest.mark.thorough
 def test_no_races():
     """Copies of planes overlap the arithmetic: nothing may be read before it has arrived, nor be
     overwritten before it has left."""

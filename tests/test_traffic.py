@@ -1,4 +1,4 @@
-"""What docs/kernels.md counts are bytes of real arrays; its tables are the function's."""
+"""What docs/explanation/kernels.md counts are bytes of real arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import optax
 import pytest
 
 import stquant_jax as stquant
-from benchmarks import traffic
 from benchmarks.gpu.setting import gpt3_xl, stored_bytes
+from benchmarks.memory import traffic
 from benchmarks.shapes import SETS, size
 from tests.common import nbytes
 
@@ -71,11 +71,6 @@ def test_backends_move_no_less():
             assert traffic.extra_bytes(backend, *dtypes) > 0
     with pytest.raises(ValueError, match="backend='gpu'"):
         traffic.extra_bytes("gpu")
-
-
-def test_page():
-    text = traffic.PAGE.read_text()
-    assert traffic.render(text) == text
 
 
 def test_gpt3_xl():

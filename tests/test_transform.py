@@ -35,8 +35,8 @@ def test_scan_equals_steps():
 
     steps, state = jnp.arange(1000), TX.init(common.zeros(SMALL))
     scanned, updates = jax.jit(lambda state: jax.lax.scan(step, state, steps))(state)
-    jitted = jax.jit(step)
-    for i in steps:
+    jitted, updates = jax.jit(step), jax.device_get(updates)
+    for i in range(len(steps)):
         state, last = jitted(state, i)
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x, y[i]), last, updates)
     close = partial(np.testing.assert_allclose, rtol=1e-5)

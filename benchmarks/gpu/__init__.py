@@ -1,1 +1,2 @@
-"""The sections of `benchmarks.gpu_suite`: generators of rows, each run in a process of its own."""
+"""What does a card tell of the kernels? `suite` runs the sections, generators of rows, each in a
+process of its own; `ptxas` does without a card."""

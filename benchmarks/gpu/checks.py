@@ -13,7 +13,7 @@ import numpy as np
 import stquant_jax as stquant
 from benchmarks.gpu.setting import ONE_TILE, Setting, Tree, gaussian, unequal
 from benchmarks.shapes import SETS, Shapes
-from stquant_jax.arena import ROW_BYTES
+from stquant_jax.storage.arena import ROW_BYTES
 
 BACKENDS = ("pallas_gpu", "xla")
 BUDGET = stquant.Budget(5.0, interval=None)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks import traffic
 from benchmarks.gpu.setting import Setting
+from benchmarks.memory import traffic
 
 REPEATS, TRAIN = 15, 10
 

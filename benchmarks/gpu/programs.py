@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import stquant_jax as stquant
-from benchmarks.compile import compile_update, copies
 from benchmarks.gpu.setting import Setting
+from benchmarks.speed.compile import compile_update, copies
 
 
 def compilation(setting: Setting) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 import stquant_jax as stquant
-from benchmarks import traffic
 from benchmarks.gpu.setting import Setting, Tree, gaussian, nbytes, stored_bytes
+from benchmarks.memory import traffic
 
 COPY_MEGABYTES = (64, 256, 1024, 4096)
 REPEATS, TRAIN = 15, 10  # trains, and steps in one, at most

@@ -15,10 +15,10 @@ from pallas_kernels.gpu.geometry import Geometry, Scratch
 from pallas_kernels.gpu.kernel import Terms, update_tile
 from pallas_kernels.gpu.lanes import COMPILER_PARAMS
 from pallas_kernels.leaves import SUMS, Tables, leaf_of, matrix_of
-from stquant_jax.apply import Apply
-from stquant_jax.arena import Packed
-from stquant_jax.layout import Layout
-from stquant_jax.rules import Adam
+from stquant_jax.rules.adam import Adam
+from stquant_jax.rules.apply import Apply
+from stquant_jax.storage.arena import Packed
+from stquant_jax.storage.layout import Layout
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

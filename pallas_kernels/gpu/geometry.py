@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.windows import ALIGNMENT, Window
-from stquant_jax.layout import Leaf
-from stquant_jax.places import Place
-from stquant_jax.planes import GROUP, LANES, PLANES
-from stquant_jax.rules import Adam
+from stquant_jax.rules.adam import Adam
+from stquant_jax.storage.layout import Leaf
+from stquant_jax.storage.places import Place
+from stquant_jax.storage.planes import GROUP, LANES, PLANES
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Scratch(NamedTuple):
     gradients: Any
     out: Any  # in the memory of the gradients, unless the rule asks for both at once
     mu: Any  # float32[32, 128]: mu, then mu over sigma
-    drift: Any  # float32[32, 128]: octaves that a root moved, then log2 of the new root
+    v: Any  # float32[32, 128]
     codes: Any  # float32[32, 128]: the tile's rows in one; nu's new codes; roots over the base
     mu_words: Any  # uint32[8, 128]; while mu is decoded, numbers of the tile's rows: `Tile.rows`
     nu_words: Any  # uint32[8, 128]

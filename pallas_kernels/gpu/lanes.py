@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from stquant_jax.planes import LANES
+from stquant_jax.storage.planes import LANES
 
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), 1)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from stquant_jax.planes import GROUP, LANES
+from stquant_jax.storage.planes import GROUP, LANES
 
 ALIGNMENT = 16  # bytes: of the rows of a matrix, and the narrowest box
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu.folding import QUARTERS
-from stquant_jax.arena import Span
-from stquant_jax.planes import PLANES, transpose8x8
+from stquant_jax.storage.arena import Span
+from stquant_jax.storage.planes import PLANES, transpose8x8
 
 
 def load(arena: Any, slot: Span, home: jax.Array, words: Any) -> None:

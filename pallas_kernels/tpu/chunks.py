@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-from stquant_jax.layout import Leaf
-from stquant_jax.places import Place
-from stquant_jax.planes import GROUP, LANES
+from stquant_jax.storage.layout import Leaf
+from stquant_jax.storage.places import Place
+from stquant_jax.storage.planes import GROUP, LANES
 
 CHUNK = 8
 ROWS = CHUNK * GROUP  # elements of a chunk along the group axis

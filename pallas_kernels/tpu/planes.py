@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.chunks import CHUNK
-from stquant_jax.planes import LANES, PLANES, transpose8x8
+from stquant_jax.storage.planes import LANES, PLANES, transpose8x8
 
 MOMENTS = 2
 # Two chunks in flight; of each both moments' planes, eight rows in each.

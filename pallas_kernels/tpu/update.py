@@ -26,11 +26,11 @@ from pallas_kernels.tpu.planes import (
     unpack_chunk,
     words_of_tile,
 )
-from stquant_jax.apply import apply_block
-from stquant_jax.arena import Packed
 from stquant_jax.codecs import by_halves
-from stquant_jax.noise import dither, rounding_bits
-from stquant_jax.planes import GROUP, LANES, codes_of, words_of
+from stquant_jax.rules.apply import apply_block
+from stquant_jax.storage.arena import Packed
+from stquant_jax.storage.noise import Dither, rounding_bits
+from stquant_jax.storage.planes import GROUP, LANES, codes_of, words_of
 
 # A byte of mu's scales is stored in tiles of 32 rows, four chunks': they come and go together.
 _BYTES = 32
@@ -52,7 +52,8 @@ def update_leaf(
 
     Args:
       body: ``body(scalars, g, codes, valid, noise, row) -> (update, codes, terms)``, where codes
-        are (mu, nu, mu_scale, nu_scale, nu_row), uint32; ``row(block, turn)`` picks a row.
+        are (mu, nu, mu_scale, nu_scale, nu_row), uint32, nu None where it has none, and
+        ``row(block, round_row)`` picks a row.
       numbers: the leaf's row of each table.
       stored: of all leaves, but rows of nu as int32[chunks, 1, 256].
       params: with them the result holds new parameters in place of the update. ``stochastic``:
@@ -162,25 +163,30 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
     def _(k):
         here = pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
         at_mu, at_nu = pl.ds(quarter * CHUNK + k, 1), pl.ds(k, 1)
-        codes = (
-            codes_of(words.at[0][words_of_tile(k)]),
-            codes_of(words.at[1][words_of_tile(k)]),
-            *(_unsigned(x) for x in (mu_scale[at_mu], nu_scale[at_nu], rows[here])),
-        )
+        scales = [_unsigned(x) for x in (mu_scale[at_mu], nu_scale[at_nu], rows[here])]
         group, valid, element = _places(chunks, s.start, chunk * CHUNK + k)
-        update, new, terms = body(
-            s, data[here], codes, valid, dither(s.keys, group, element), _picker(picks)
-        )
-        if applied:
-            bits = rounding_bits(s.keys, group, element) if stochastic else None
-            # The rounding to the parameters' dtype comes with the store.
-            update = _apply(params[here], update, s, bits)
-        data[here] = update
-        for moment in range(2):
-            words.at[moment][words_of_tile(k)] = words_of(new[moment])
-        mu_scale[at_mu], nu_scale[at_nu], rows[here] = (_signed(x) for x in new[2:])
-        for i, term in enumerate(terms):
-            kept[pl.ds(CHUNK * i + k, 1)] = term
+
+        def run(coded):
+            moments = range(1 + coded)
+            mu, nu = (*(codes_of(words.at[i][words_of_tile(k)]) for i in moments), None)[:2]
+            noise = Dither(s.keys, group, element)
+            update, new, terms = body(
+                s, data[here], (mu, nu, *scales), valid, noise, _picker(picks)
+            )
+            if applied:
+                bits = rounding_bits(s.keys, group, element) if stochastic else None
+                # The rounding to the parameters' dtype comes with the store.
+                update = _apply(params[here], update, s, bits)
+            data[here] = update
+            for moment in moments:
+                words.at[moment][words_of_tile(k)] = words_of(new[moment])
+            mu_scale[at_mu], nu_scale[at_nu], rows[here] = (_signed(x) for x in new[2:])
+            for i, term in enumerate(terms):
+                kept[pl.ds(CHUNK * i + k, 1)] = term
+
+        # Of each leaf one of two programs.
+        for coded in (True, False):
+            pl.when((s.nu_width > 0) == coded)(partial(run, coded))
 
     @pl.when(chunk >= 2)
     def _():
@@ -210,8 +216,10 @@ def _oriented(ref: Any, chunks: Chunks, lane_tile: jax.Array, i: jax.Array) -> j
     if not chunks.padded:
         return x
     group = lax.broadcasted_iota(jnp.int32, x.shape, 0) + i * ROWS
-    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) + lane_tile * LANES
-    return jnp.where((group < chunks.groups) & (lane < chunks.lanes), x, 0.0)
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    full, rest = divmod(chunks.lanes, LANES)  # tiles are compared: lanes may be more than 2**31
+    lanes = jnp.clip(full - lane_tile, -1, 1) * LANES + rest
+    return jnp.where((group < chunks.groups) & (lane < lanes), x, 0.0)
 
 
 def _places(
@@ -231,10 +239,10 @@ def _picker(picks: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
     so that none waits for another."""
     places = iter(range(_PICKS))
 
-    def row(x: jax.Array, turn: jax.Array) -> jax.Array:
+    def row(x: jax.Array, round_row: jax.Array) -> jax.Array:
         place = next(places)
         picks[place] = x.astype(jnp.float32)
-        return picks[place, pl.ds(turn, 1)].astype(x.dtype)
+        return picks[place, pl.ds(round_row, 1)].astype(x.dtype)
 
     return row
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from stquant_jax.backends import xla
-from stquant_jax.layout import Storage
+from stquant_jax.storage.settings import Storage
 
 _ALIGNMENT = {"xla": 1, "pallas_tpu": 8, "pallas_gpu": 1}
 _KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # of a platform

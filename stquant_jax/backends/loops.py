@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from stquant_jax.codecs import Hold
-from stquant_jax.layout import Layout, Leaf
-from stquant_jax.places import Place, places_of
+from stquant_jax.storage.layout import Layout, Leaf
+from stquant_jax.storage.places import Place, places_of
 
 # Tiles computed together: enough to amortise an iteration of the loop, few enough for the cache.
 CHUNK = 8

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from stquant_jax import arena as rows
-from stquant_jax.apply import Apply, apply_quantized
-from stquant_jax.backends.fused import Sample, no_sums, slot_numbers, terms_of
-from stquant_jax.layout import Layout, Storage
+from stquant_jax.backends.block import Sample, no_sums, slot_numbers, terms_of
 from stquant_jax.precision import Plan, Sums
-from stquant_jax.rules import Adam, AdamScalars
+from stquant_jax.rules.adam import Adam, AdamScalars
+from stquant_jax.rules.apply import Apply, apply_quantized
+from stquant_jax.storage import arena as rows
+from stquant_jax.storage.layout import Layout
+from stquant_jax.storage.settings import Storage
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # that the kernels read and write
 
@@ -49,7 +50,7 @@ def step(
         count,
         rows.offsets(plan.widths, layout),
         plan.widths,
-        *slot_numbers(plan),
+        *slot_numbers(plan, scalars, count),
         *((apply.rate, apply.decay) if apply else ()),
     )
     updates, packed, tile_sums = gpu.update(

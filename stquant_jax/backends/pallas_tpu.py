@@ -10,14 +10,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from pallas_kernels import tpu
-from stquant_jax import arena as rows
-from stquant_jax.apply import Apply
-from stquant_jax.backends.fused import Codes, no_sums, slot_numbers, update_block
+from stquant_jax.backends.block import Codes, no_sums, slot_numbers, update_block
 from stquant_jax.codecs import Ops
-from stquant_jax.layout import Layout, Storage
-from stquant_jax.planes import GROUP
 from stquant_jax.precision import Plan, Sums
-from stquant_jax.rules import Adam, AdamScalars
+from stquant_jax.rules.adam import Adam, AdamScalars
+from stquant_jax.rules.apply import Apply
+from stquant_jax.storage import arena as rows
+from stquant_jax.storage.layout import Layout
+from stquant_jax.storage.planes import GROUP
+from stquant_jax.storage.settings import Storage
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,16 @@ class Body:
 
     def __call__(self, s, g, codes, valid, noise, row):
         return update_block(
-            self.rule, s.rule, g, Codes(*codes), valid, s.lev, s.lat, noise, s.turn, Ops(row=row)
+            self.rule,
+            s.rule,
+            g,
+            Codes(*codes),
+            valid,
+            s.lev,
+            s.lat,
+            noise,
+            s.round_row,
+            Ops(row=row),
         )
 
 
@@ -72,7 +82,7 @@ def step(
         count,
         rows.offsets(plan.widths, layout),
         plan.widths,
-        *slot_numbers(plan),
+        *slot_numbers(plan, scalars, count),
         *((apply.rate, apply.decay) if apply else ()),
     )
     # As the kernel reads them, a chunk's in one row: bytes are not stored apart on a TPU.

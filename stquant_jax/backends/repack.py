@@ -1,28 +1,34 @@
 """From one plan to the next, in place: slots that shrink are coded anew where they stand, all slots
 move to their new offsets, slots that grow are coded anew in their new planes.
 
-No branches, only loops with traced trip counts, which are zero for slots that stay as they are: a
-branch would make XLA copy the arena. Growing changes no decoded value, since each width's levels
-are among those of the next; what shrinking drops does not come back.
+No branches around the arena, only loops with traced trip counts, which are zero for slots that stay
+as they are: a branch would make XLA copy the arena. Growing changes no decoded value, since each
+width's levels are among those of the next; what shrinking drops does not come back.
+
+Plans change rarely, so what counts here is how little there is to compile: one body for chunks of
+tiles of any slot, whose rows are listed, and those of tiles that are not there dropped.
 """
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stquant_jax import arena as rows
-from stquant_jax import planes
-from stquant_jax.backends.loops import Table, holder, over_tiles, put
-from stquant_jax.codecs import Hold, Ops, lattice, levels, recode_first, recode_second
-from stquant_jax.layout import Layout, Storage
-from stquant_jax.noise import dither, keys_of
-from stquant_jax.numerics import to_code, to_float
-from stquant_jax.planes import GROUP
+from stquant_jax.backends.loops import CHUNK, Table, holder
+from stquant_jax.codecs import Ops, lattice, levels, recode_first, recode_second
 from stquant_jax.precision import Plan
+from stquant_jax.storage import arena as rows
+from stquant_jax.storage import planes
+from stquant_jax.storage.layout import Layout
+from stquant_jax.storage.noise import Dither, keys_of
+from stquant_jax.storage.numerics import to_code, to_float
+from stquant_jax.storage.planes import GROUP, PLANES
+from stquant_jax.storage.settings import Storage
 
 _SALT = 0x7C15  # of the seed: other numbers than those of the step
+_NOWHERE = 2**31 - 1  # a row that no array has
 
 
 def repack(
@@ -38,17 +44,44 @@ def repack(
     return packed._replace(arena=_grow(arena, layout, narrow, new.widths, hold))
 
 
-def _shrink(
-    layout: Layout,
-    storage: Storage,
-    count: jax.Array,
-    packed: rows.Packed,
-    old: Plan,
-    narrow: jax.Array,
-    windows: jax.Array,
-    hold: Hold,
-) -> rows.Packed:
-    """Code anew what becomes narrower or gets another window; planes stay at the old stride."""
+class Tiles(NamedTuple):
+    """A chunk of a slot's tiles; traced scalars, but for the last."""
+
+    slot: jax.Array
+    first: jax.Array  # of them, in the slot
+    stride: jax.Array  # tiles of the slot
+    there: jax.Array  # int32[CHUNK]: their indices, beyond the slot's for those that are not there
+
+    def rows(self, offset, width):
+        plane, there = jnp.arange(PLANES, dtype=jnp.int32)[:, None], self.there[None]
+        stored = (plane < width) & (there < self.stride)
+        return jnp.where(stored, offset + plane * self.stride + there, _NOWHERE)
+
+
+def _over_slots(layout: Layout, changed: jax.Array, body: Callable[[Tiles, Any], Any], carry: Any):
+    """``body`` over all tiles of the slots that are ``changed``, bool[slots], by chunks."""
+    tiles = jnp.asarray(rows.slot_tiles(layout))
+    chunks = jnp.where(changed, (tiles + CHUNK - 1) // CHUNK, 0)
+    ends = jnp.cumsum(chunks)
+
+    def of(i, carry):
+        slot = jnp.sum(ends <= i)
+        first = CHUNK * (i - (ends[slot] - chunks[slot]))
+        here = first + jnp.arange(CHUNK, dtype=jnp.int32)
+        return body(Tiles(slot, first, tiles[slot], here), carry)
+
+    return lax.fori_loop(0, ends[-1], of, carry)
+
+
+def _get(x, at):
+    return x.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def _set(x, at, values):
+    return x.at[at].set(values.astype(x.dtype), mode="drop", wrap_negative_indices=False)
+
+
+def _shrink(layout, storage, count, packed, old, narrow, windows, hold):
     table = Table.of(layout)
     offsets = rows.offsets(old.widths, layout)
     changed = narrow < old.widths
@@ -56,57 +89,52 @@ def _shrink(
     changed |= (windows != old.windows) & (narrow > 0)
     ragged = any(leaf.ragged for leaf in layout.quantized)
 
-    def parts(leaf, slot, size, tile, packed):
-        """Codes, scales, rows, places and noise of consecutive tiles; where to write planes."""
-        span = rows.Span(offsets[slot] + tile, old.widths[slot], table.tiles[leaf])
-        at = table.first[leaf] + tile
+    def body(tiles, packed):
+        slot = tiles.slot
+        leaf = slot // 2
+        at = jnp.where(tiles.there < tiles.stride, table.first[leaf] + tiles.there, _NOWHERE)
+        where = tiles.rows(offsets[slot], old.widths[slot])
         read, mu_scale, nu_scale, nu_row = hold(
             (
-                rows.read_planes(packed.arena, span, size),
-                lax.dynamic_slice_in_dim(packed.mu_scale, at, size),
-                lax.dynamic_slice_in_dim(packed.nu_scale, at, size),
-                lax.dynamic_slice_in_dim(packed.nu_row, at * GROUP, size * GROUP),
+                _get(packed.arena, where),
+                _get(packed.mu_scale, at),
+                _get(packed.nu_scale, at),
+                _get(packed.nu_row.reshape(-1, GROUP), at),
             )
         )
-        scales = [x[:, None].astype(jnp.uint32) for x in (mu_scale, nu_scale)]
-        row = to_float(nu_row.reshape(size, GROUP, 1).astype(jnp.uint32))
-        group, valid = table.place(leaf).of_tiles(tile, size, ragged)
-        element = jnp.arange(GROUP, dtype=jnp.uint32)[:, None]
-        noise = dither(keys_of(storage.seed ^ _SALT, leaf, count), group, element)
-        return planes.unpack(read), scales, row, valid, noise, span, at
+        codes = planes.unpack(read)
 
-    def first_moment(leaf, size, tile, packed):
-        slot = 2 * leaf
-        codes, scales, _, valid, noise, span, at = parts(leaf, slot, size, tile, packed)
-        few, many = levels(narrow[slot]), levels(old.widths[slot])
-        codes, scale = recode_first(
-            codes, scales[0], valid, many, few, noise.mu, noise.mu_coin, Ops(hold)
+        def parts():
+            group, valid = table.place(leaf).of_tiles(tiles.first, CHUNK, ragged)
+            element = jnp.arange(GROUP, dtype=jnp.uint32)[None, :, None]
+            return valid, Dither(keys_of(storage.seed ^ _SALT, leaf, count), group, element)
+
+        def first(codes, scale, _, __):
+            valid, noise = parts()
+            few, many = levels(narrow[slot]), levels(old.widths[slot])
+            return recode_first(codes, scale, valid, many, few, noise.mu, noise.mu_coin, Ops(hold))
+
+        def second(codes, _, scale, row):
+            valid, noise = parts()
+            few = lattice(narrow[slot], windows[slot], jnp.float32(0))
+            many = lattice(old.widths[slot], old.windows[slot], jnp.float32(0))
+            return recode_second(
+                codes, scale, to_float(row), valid, many, few, noise.nu, noise.nu_coin, Ops(hold)
+            )
+
+        is_mu = slot % 2 == 0
+        mu_scale, nu_scale = (x[:, None].astype(jnp.uint32) for x in (mu_scale, nu_scale))
+        codes, scale = lax.cond(
+            is_mu, first, second, codes, mu_scale, nu_scale, nu_row[..., None].astype(jnp.uint32)
         )
+        scale = scale[:, 0]
         return packed._replace(
-            arena=rows.write_planes(packed.arena, [span], [hold(planes.pack(codes))]),
-            mu_scale=put(packed.mu_scale, scale[:, 0], at),
+            arena=_set(packed.arena, where, hold(planes.pack(codes))),
+            mu_scale=_set(packed.mu_scale, jnp.where(is_mu, at, _NOWHERE), scale),
+            nu_scale=_set(packed.nu_scale, jnp.where(is_mu, _NOWHERE, at), scale),
         )
 
-    def second_moment(leaf, size, tile, packed):
-        slot = 2 * leaf + 1
-        codes, scales, row, valid, noise, span, at = parts(leaf, slot, size, tile, packed)
-        few = lattice(narrow[slot], windows[slot], jnp.float32(0))
-        many = lattice(old.widths[slot], old.windows[slot], jnp.float32(0))
-        codes, scale = recode_second(
-            codes, scales[1], row, valid, many, few, noise.nu, noise.nu_coin, Ops(hold)
-        )
-        return packed._replace(
-            arena=rows.write_planes(packed.arena, [span], [hold(planes.pack(codes))]),
-            nu_scale=put(packed.nu_scale, scale[:, 0], at),
-        )
-
-    def shrink_leaf(leaf, packed):
-        for slot, moment in ((2 * leaf, first_moment), (2 * leaf + 1, second_moment)):
-            trips = jnp.where(changed[slot], table.tiles[leaf], 0)
-            packed = over_tiles(trips, layout, partial(moment, leaf), packed)
-        return packed
-
-    return lax.fori_loop(0, len(layout.quantized), shrink_leaf, packed)
+    return _over_slots(layout, changed, body, packed)
 
 
 def _move(
@@ -119,45 +147,30 @@ def _move(
     source, target = rows.offsets(old, layout), rows.offsets(new, layout)
     count = narrow * tiles
 
-    def down(i, arena):
-        here = jnp.where(target[i] < source[i], count[i], 0)
-        return rows.move_rows(arena, source[i], target[i], here)
+    def move(i, arena):
+        down = i < slots
+        slot = jnp.where(down, i, 2 * slots - 1 - i)
+        here = jnp.where((target[slot] < source[slot]) == down, count[slot], 0)
+        return rows.move_rows(arena, source[slot], target[slot], here)
 
-    def up(i, arena):
-        i = slots - 1 - i
-        here = jnp.where(target[i] > source[i], count[i], 0)
-        return rows.move_rows(arena, source[i], target[i], here)
-
-    return lax.fori_loop(0, slots, up, lax.fori_loop(0, slots, down, arena))
+    return lax.fori_loop(0, 2 * slots, move, arena)
 
 
-def _grow(
-    arena: jax.Array, layout: Layout, narrow: jax.Array, new: jax.Array, hold: Hold
-) -> jax.Array:
+def _grow(arena, layout, narrow, new, hold):
     """The same values at more bits: codes of both moments are an affine function of the old."""
-    slots = 2 * len(layout.quantized)
-    tiles = jnp.asarray(rows.slot_tiles(layout))
     offsets = rows.offsets(new, layout)
-    is_mu = jnp.arange(slots) % 2 == 0
+    is_mu = jnp.arange(len(offsets)) % 2 == 0
     # At widths of mu only: levels of a width of 0 are never used.
     few, many = (levels(jnp.maximum(widths, 2)) for widths in (narrow, new))
     ratio = few.unit / many.unit
     offset = jnp.where(is_mu, (few.low + few.between) * ratio - many.low - many.between, 0.0)
     ratio = jnp.where(is_mu, ratio, to_float(jnp.uint32(1) << (new - narrow).astype(jnp.uint32)))
 
-    def body(slot):
-        def grow(size, tile, arena):
-            def span(width):
-                return rows.Span(offsets[slot] + tile, width, tiles[slot])
+    def body(tiles, arena):
+        slot = tiles.slot
+        where = [tiles.rows(offsets[slot], width[slot]) for width in (narrow, new)]
+        codes = planes.unpack(hold(_get(arena, where[0])))
+        codes = to_code(to_float(codes) * ratio[slot] + offset[slot])
+        return _set(arena, where[1], hold(planes.pack(codes)))
 
-            codes = planes.unpack(hold(rows.read_planes(arena, span(narrow[slot]), size)))
-            codes = to_code(to_float(codes) * ratio[slot] + offset[slot])
-            return rows.write_planes(arena, [span(new[slot])], [hold(planes.pack(codes))])
-
-        return grow
-
-    def grow_slot(slot, arena):
-        trips = jnp.where(new[slot] > narrow[slot], tiles[slot], 0)
-        return over_tiles(trips, layout, body(slot), arena)
-
-    return lax.fori_loop(0, slots, grow_slot, arena)
+    return _over_slots(layout, new > narrow, body, arena)

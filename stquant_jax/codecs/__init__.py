@@ -2,8 +2,8 @@
 
 What a group's moments do to the update is decided by its energy and by how that energy is split
 among its elements. The energy is kept exactly (up to a fine scale), only the split is quantized:
-`second` codes the second moment, `first` the first, relative to the second, `signed` a moment that
-stands alone.
+`second` codes the second moment, on a lattice whose formulas are in `lattices`; `first` the first,
+relative to the second; `signed` a moment that stands alone.
 
 All functions work on float32 blocks [..., 32, n], the group along axis -2; values per group have
 shape [..., 1, n], values per row of a tile [..., 32, 1]. Widths are traced scalars. Scale codes: 0
@@ -14,24 +14,25 @@ An encoder is a chain of formulas, elementwise or of a group, with reductions in
 element by element and makes the reductions itself.
 """
 
-from stquant_jax.codecs.blocks import Hold, Ops, by_halves, group_max, group_sum, lane_sum
 from stquant_jax.codecs.first import (
     MU_NOT_FINITE,
     FirstCode,
     Levels,
     decode_first,
     encode_first,
+    error_of,
     levels,
     recode_first,
 )
+from stquant_jax.codecs.lattices import Lattice, lattice
+from stquant_jax.codecs.ops import Hold, Ops, by_halves, group_max, group_sum, lane_sum
 from stquant_jax.codecs.second import (
-    Lattice,
     Second,
     SecondCode,
     decode_second,
+    decoded_second,
     encode_second,
     encode_second_anew,
-    lattice,
     recode_second,
 )
 from stquant_jax.codecs.signed import decode_signed, encode_signed
@@ -49,10 +50,12 @@ __all__ = [
     "decode_first",
     "decode_second",
     "decode_signed",
+    "decoded_second",
     "encode_first",
     "encode_second",
     "encode_second_anew",
     "encode_signed",
+    "error_of",
     "group_max",
     "group_sum",
     "lane_sum",

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stquant_jax.codecs.blocks import Ops, group_max, group_sum, presence
-from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
+from stquant_jax.codecs.ops import Ops, group_max, group_sum, presence
+from stquant_jax.storage.numerics import TINY, exp2, log2, to_code, to_float
 
 # log2 of the scale, one byte. Fine where training lives (the largest |e| of a group is near 1/2,
 # and up to 1 / sqrt(1 - b2**t) more while nu is young), coarse where mu fades away under an old nu
@@ -58,14 +58,15 @@ def levels(width: jax.Array) -> Levels:
 def decode_first(
     codes: jax.Array,
     scale: jax.Array,
-    sigma: jax.Array,
+    root: jax.Array,
+    base: jax.Array,
     lev: Levels,
     ops: Ops = Ops(),  # noqa: B008
 ) -> jax.Array:
-    """First moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and the other's root.
-    Elementwise."""
-    step = ops.hold(scale_of(scale) * presence(scale, MU_NOT_FINITE) * lev.unit)
-    return (to_float(codes) + (lev.low + lev.between)) * (sigma * step)
+    """First moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and the other's root,
+    which is ``root`` times the group's ``base``. Elementwise."""
+    step = ops.hold(scale_of(scale) * presence(scale, MU_NOT_FINITE) * lev.unit * base)
+    return (to_float(codes) + (lev.low + lev.between)) * (root * step)
 
 
 def scale_of(scale: jax.Array) -> jax.Array:
@@ -80,9 +81,8 @@ def scale_of(scale: jax.Array) -> jax.Array:
 class FirstCode(NamedTuple):
     """An encoded first moment, relative to the root of the second."""
 
-    codes: jax.Array  # float32[..., 32, n], whole and >= 0
+    codes: jax.Array  # uint32[..., 32, n]
     scale: jax.Array  # uint32[..., 1, n]
-    error: jax.Array  # decoded less true, where the group is present
 
 
 def encode_first(
@@ -96,13 +96,21 @@ def encode_first(
 ) -> FirstCode:
     """Codes and scales of a first moment relative to the quantized root of the second.
 
-    ``present`` is 0 for a group of zeros, NaN for one that is not finite, else 1.
+    ``present`` is 0 for a group of zeros, NaN for one that is not finite, else 1. ``dither`` is
+    uniform on [-1/2, 1/2) per element, ``coin`` on [0, 1) per group.
     """
-    gain = ops.hold(gain_of(group_max(jnp.abs(e), ops), lev))
-    q = ops.hold(quantized(e, gain, lev, dither))
-    level = level_of(q, lev)
-    code = length_of(group_sum(e * e, ops), group_sum(level * level * valid, ops), present, coin)
-    return FirstCode(q - lev.low, code, level * decoded_scale(code) - e)
+    size = jnp.abs(e)
+    gain = ops.hold(gain_of(group_max(size, ops), lev))
+    q = ops.hold(quantized(e, size, gain, lev, dither))
+    level = q + lev.between
+    decoded = group_sum(level * level * valid, ops) * (lev.unit * lev.unit)
+    code = length_of(group_sum(e * e, ops), decoded, present, coin)
+    return FirstCode(to_code(q, lev.low), code)
+
+
+def error_of(e: jax.Array, codes: jax.Array, scale: jax.Array, lev: Levels) -> jax.Array:
+    """What is decoded less e, where the group is present; codes are float32."""
+    return level_of(codes + lev.low, lev) * decoded_scale(scale) - e
 
 
 # --- the formulas of encode_first, in their order ---
@@ -113,13 +121,14 @@ def gain_of(largest: jax.Array, lev: Levels) -> jax.Array:
     return lev.gain / jnp.maximum(largest, _LEAST_RATIO)
 
 
-def quantized(e: jax.Array, gain: jax.Array, lev: Levels, dither: jax.Array) -> jax.Array:
-    """Signed codes, low to high."""
-    z = e * gain
+def quantized(
+    e: jax.Array, size: jax.Array, gain: jax.Array, lev: Levels, dither: jax.Array
+) -> jax.Array:
+    """Signed codes, low to high, of e, whose magnitude is ``size``; dither is about zero."""
     # Between the two levels next to zero the choice is random, so that zero stays zero on average:
     # a parameter without gradient in a living group must not drift.
-    jitter = jnp.where(jnp.abs(z) < 0.5, dither - 0.5, 0.0)
-    return jnp.clip(jnp.floor(z + jnp.where(lev.between > 0, jitter, 0.5)), lev.low, lev.high)
+    rounding = jnp.where(size < lev.between / gain, dither, 0.5 - lev.between)
+    return jnp.clip(jnp.floor(e * gain + rounding), lev.low, lev.high)
 
 
 def level_of(q: jax.Array, lev: Levels) -> jax.Array:
@@ -152,8 +161,12 @@ def _round_scale(log_scale: jax.Array, coin: jax.Array) -> jax.Array:
     # From the step below (4**0) to the step above (4**h), 4**(h f) is reached with this
     # probability.
     edge = jnp.where(below < 0, below + 1.0, below)  # the step's end nearer to the center
-    twice = jnp.where(jnp.abs(edge) < fine, 2 / MU_FINE_PER_OCTAVE, 2 / MU_COARSE_PER_OCTAVE)
-    chance = (exp2(twice * (n - below)) - 1.0) / (exp2(twice) - 1.0)
+    is_fine = jnp.abs(edge) < fine
+    twice = jnp.where(is_fine, 2 / MU_FINE_PER_OCTAVE, 2 / MU_COARSE_PER_OCTAVE)
+    whole = jnp.where(
+        is_fine, *(2 ** (2 / n) - 1 for n in (MU_FINE_PER_OCTAVE, MU_COARSE_PER_OCTAVE))
+    )
+    chance = (exp2(twice * (n - below)) - 1.0) / whole
     code = below + MU_ZERO_CODE + jnp.where(coin < chance, 1.0, 0.0)
     return jnp.clip(code, 0, MU_NOT_FINITE - 1)
 
@@ -172,4 +185,4 @@ def recode_first(
     step = ops.hold(scale_of(scale) * old.unit)
     e = ops.hold((to_float(codes) + (old.low + old.between)) * step * valid)
     code = encode_first(e, valid, presence(scale, MU_NOT_FINITE), new, dither, coin, ops)
-    return to_code(code.codes), code.scale
+    return code.codes, code.scale

@@ -12,9 +12,9 @@ at random, or it would never move. Others are rounded to the nearest, which is t
 import jax
 import jax.numpy as jnp
 
-from stquant_jax.codecs.blocks import Ops, group_max, group_sum, presence
 from stquant_jax.codecs.first import Levels, level_of
-from stquant_jax.numerics import TINY, exp2, log2, to_code, to_float
+from stquant_jax.codecs.ops import Ops, group_max, group_sum, presence
+from stquant_jax.storage.numerics import TINY, exp2, log2, to_code, to_float
 
 # log2 of the scale over all octaves of normal float32 numbers, two bytes.
 SCALE_PER_OCTAVE = 256

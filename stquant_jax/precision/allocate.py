@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from stquant_jax.precision.slots import room
+
 _BISECTIONS = 40  # of the exponent of the price: to float32's resolution
 _PRICE_RANGE = (-60.0, 60.0)  # log2
 
@@ -35,7 +37,8 @@ def allocate(cost: jax.Array, tiles: np.ndarray, rows: int) -> jax.Array:
       tiles: int[slots], rows that one bit takes.
       rows: capacity.
     """
-    size = jnp.asarray(tiles, jnp.float32)[:, None] * jnp.arange(cost.shape[1])
+    bits = jnp.arange(cost.shape[1], dtype=jnp.float32)[None]
+    size = jnp.asarray(tiles, jnp.float32)[:, None] * bits
 
     def choose(log_price):
         return jnp.argmin(cost + jnp.exp2(log_price) * size, axis=1).astype(jnp.int32)
@@ -44,7 +47,7 @@ def allocate(cost: jax.Array, tiles: np.ndarray, rows: int) -> jax.Array:
         low, high = bounds
         log_price = 0.5 * (low.log_price + high.log_price)
         here = _Choice(log_price, choose(log_price))
-        fit = jnp.sum(here.widths * tiles) <= rows
+        fit = room(rows, tiles, here.widths) >= 0
         return (
             jax.tree.map(partial(jnp.where, fit), low, here),
             jax.tree.map(partial(jnp.where, fit), here, high),
@@ -58,8 +61,12 @@ def allocate(cost: jax.Array, tiles: np.ndarray, rows: int) -> jax.Array:
     # Widths are carried, not chosen again at the price that was found: compiled elsewhere, the same
     # sum may round otherwise, and at the border a plan that fits becomes one that does not.
     low, high = lax.fori_loop(0, _BISECTIONS, halve, bounds)
-    widths = _fill(high.widths, low.widths, cost, tiles, rows)
-    return _fill(widths, jnp.full_like(widths, cost.shape[1]), cost, tiles, rows)
+
+    def spend(again, widths):
+        most = jnp.where(again > 0, cost.shape[1], low.widths)
+        return _fill(widths, most, cost, tiles, rows)
+
+    return lax.fori_loop(0, 2, spend, high.widths)
 
 
 def _fill(
@@ -68,19 +75,21 @@ def _fill(
     """Spend what is left on widths up to ``most``: slots in the order of gain per row, each on its
     best width that fits."""
     size = jnp.asarray(tiles, jnp.int32)
-    wider = jnp.arange(cost.shape[1])
+    wider = jnp.arange(cost.shape[1], dtype=jnp.int32)[None]
     steps = wider - widths[:, None]
     now = jnp.take_along_axis(cost, widths[:, None], axis=1)
     gain = jnp.where((steps > 0) & (wider <= most[:, None]), now - cost, -jnp.inf)
-    order = jnp.argsort(-jnp.max(gain / (size[:, None] * jnp.maximum(steps, 1)), axis=1))
+    taken = size.astype(jnp.float32)[:, None] * jnp.maximum(steps, 1).astype(jnp.float32)
+    order = jnp.argsort(-jnp.max(gain / taken, axis=1))
 
     def widen(i, carry):
         widths, free = carry
         slot = order[i]
-        fitting = jnp.where(steps[slot] * size[slot] <= free, gain[slot], -jnp.inf)
+        fits = steps[slot] <= free // size[slot]  # the product of both may be beyond int32
+        fitting = jnp.where(fits, gain[slot], -jnp.inf)
         best = jnp.argmax(fitting)
         step = jnp.where(fitting[best] > 0, steps[slot, best], 0).astype(jnp.int32)
         return widths.at[slot].add(step), free - step * size[slot]
 
-    widths, _ = lax.fori_loop(0, len(tiles), widen, (widths, rows - jnp.sum(widths * size)))
+    widths, _ = lax.fori_loop(0, len(tiles), widen, (widths, room(rows, tiles, widths)))
     return widths

@@ -24,11 +24,11 @@ from stquant_jax.precision.statistics import (
 
 # Share of the update's energy at the end of nu's window beyond which the window widens, and share
 # beyond 0.6 of it below which it narrows; by width. Clipping costs more the finer the lattice is.
-# From the windows that served best on the streams of benchmarks/codec.py. While nu is young more is
-# allowed, up to `_WIDEN_YOUNG`.
+# From the windows that served best on the streams of benchmarks/codec/closed_loop.py. While nu is
+# young more is allowed, up to `_WIDEN_YOUNG`.
 _WIDEN_YOUNG = (1.0, 1.0, 0.35, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
-_WIDEN = (1.0, 1.0, 0.3, 0.028, 0.005, 0.0012, 0.0004, 0.0002, 0.0001)
-_NARROW = (0.0, 0.0, 0.48, 0.075, 0.04, 0.008, 0.004, 0.001, 0.0003)
+_WIDEN = (1.0, 1.0, 0.33, 0.06, 0.03, 0.009, 0.006, 0.004, 0.002)
+_NARROW = (0.0, 0.0, 0.5, 0.1, 0.05, 0.025, 0.012, 0.005, 0.0025)
 
 _BROKEN_PROMISE = 1e3  # weight of an error above max_distortion
 _LEAST_SHARE = 1e-6  # of the largest leaf's energy: leaves without gradients cost next to nothing
@@ -103,7 +103,7 @@ class Budget(Capacity):
         self, slots: Slots, rows: int, state: PrecisionState, decays: tuple, count: jax.Array
     ) -> PrecisionState:
         plan, observed = state.plan, state.observed
-        trust = [1 - decay**count for decay in decays]
+        trust = [1 - decay ** count.astype(jnp.float32) for decay in decays]
         error, nu_noise, spread = errors(observed, plan, decays, trust)
 
         energy = observed.sums.energy / jnp.maximum(jnp.max(observed.sums.energy), _LEAST)
@@ -112,7 +112,7 @@ class Budget(Capacity):
         # What is promised comes before all else.
         cost *= jnp.where(error > promise, _BROKEN_PROMISE, 1.0)
         now = jnp.take_along_axis(cost, plan.widths[:, None], axis=1)
-        moves = jnp.arange(WIDEST + 1) != plan.widths[:, None]
+        moves = jnp.arange(WIDEST + 1)[None] != plan.widths[:, None]
         cost += jnp.where(moves, self.hysteresis * now, 0.0)
         cost = jnp.where(next_to(plan.widths, slots), cost, jnp.inf)
 
@@ -140,9 +140,12 @@ def errors(
     will be.
     """
     mu, nu = noise(observed.averages, decays)
-    windows = plan.windows[NU::2, None] / jnp.asarray(DEFAULT_WINDOW, jnp.float32)
-    mu_prior = jnp.asarray(MU_ERROR, jnp.float32) * jnp.ones_like(windows)
-    nu_prior = jnp.asarray(NU_NOISE, jnp.float32) * windows
+    default, mu_error, nu_error = (
+        jnp.asarray(x, jnp.float32)[None] for x in (DEFAULT_WINDOW, MU_ERROR, NU_NOISE)
+    )
+    windows = plan.windows[NU::2, None].astype(jnp.float32) / default
+    mu_prior = mu_error * jnp.ones_like(windows)
+    nu_prior = nu_error * windows
     mu = _over_widths(mu, mu_prior, plan.widths[MU::2], trust[0])
     nu = _over_widths(nu, nu_prior, plan.widths[NU::2], trust[1])
     spread = NU_SPREAD * (observed.spread / NU_SPREAD) ** trust[1]
@@ -181,7 +184,8 @@ def follow_saturation(
     widen = sums.saturated > energy * jnp.minimum(most / trust, at_most)
     narrow = sums.narrower < energy * jnp.asarray(_NARROW, jnp.float32)[now]
     ladder = jnp.asarray(WINDOWS)
-    rank = jnp.searchsorted(ladder, window) + jnp.where(widen, 1, jnp.where(narrow, -1, 0))
+    rank = jnp.searchsorted(ladder, window, method="compare_all")
+    rank += jnp.where(widen, 1, jnp.where(narrow, -1, 0))
     stays = (now != widths[NU::2]) | (sums.energy == 0)
     window = jnp.where(stays, window, ladder[jnp.clip(rank, 0, len(WINDOWS) - 1)])
     # the first codes of a slot start with the default
@@ -192,5 +196,7 @@ def follow_saturation(
 def shrinkages(widths: jax.Array, nu_noise: jax.Array, spread: jax.Array) -> jax.Array:
     """float32[slots]: of nu, noise / (noise + spread); all of it without codes; 0 for mu."""
     here = jnp.take_along_axis(nu_noise, widths[NU::2, None], axis=1)[:, 0]
-    share = jnp.where(jnp.isfinite(here), here / (here + spread), 1.0)
+    coded = jnp.isfinite(here)
+    finite = jnp.where(coded, here, 0.0)
+    share = jnp.where(coded, finite / (finite + spread), 1.0)
     return jnp.stack([jnp.zeros_like(share), share], axis=1).reshape(-1)

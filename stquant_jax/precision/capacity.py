@@ -43,7 +43,10 @@ class Capacity(Policy):
         floor = int(np.sum(slots.tiles * slots.narrowest))
         if rows < floor:
             smallest = np.ceil(32e3 * (fixed_bytes + ROW_BYTES * floor) / reference_bytes) / 1000
-            advice = "; raise Storage(min_size=...), small leaves fill whole tiles"
+            advice = (
+                "; budgets end at 32: keep more leaves exact by Storage(min_size=...), for each "
+                "fills whole tiles, or unpin some"
+            )
             pinned = ", pins" if self.pins else ""
             raise ValueError(
                 f"{type(self).__name__}(bits={self.bits}) is below the floor: the smallest budget "

@@ -8,27 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stquant_jax.numerics import isolated
 from stquant_jax.precision.slots import (
     EXACT,
     MU,
     MU_WIDTHS,
+    NU,
     NU_WIDTHS,
     WIDEST,
     Slots,
     checked_pins,
     is_whole,
     pin_of,
+    room,
 )
 from stquant_jax.precision.statistics import Observed, nothing_observed, observe
 from stquant_jax.precision.tally import Tally, cleared, nothing_tallied, total
+from stquant_jax.storage.numerics import isolated
 
 WINDOWS = (1, 2, 3, 4, 6, 8)  # octaves that a lattice of nu may span
 # The window of nu that served best in the closed loop, by width 0..8.
 DEFAULT_WINDOW = (2, 2, 2, 2, 2, 2, 3, 3, 4)
-# How far an element's root is pulled to what its group and row predict, in the update: lattice
+# How far an element's v is pulled to what its group and row predict, in the update: lattice
 # noise over noise plus spread, as found in the closed loop. By width 0..8.
-DEFAULT_SHRINKAGE = (1.0, 0.7, 0.55, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
+DEFAULT_SHRINKAGE = (1.0, 0.85, 0.65, 0.5, 0.25, 0.1, 0.03, 0.0, 0.0)
 
 ROW_BYTES = 512
 
@@ -41,14 +43,28 @@ class Plan(NamedTuple):
     shrinkage: jax.Array  # float32, of nu's roots toward their prediction, in the update
 
 
+def plan_with(moment: np.ndarray, widths: Any, windows: Any, xp: Any = np) -> Plan:
+    """The plan of these widths, and of these windows for nu, with the shrinkage of the widths.
+
+    ``xp`` is jnp where they are traced.
+    """
+    nu = moment == NU
+    shrinkage = xp.asarray(DEFAULT_SHRINKAGE, xp.float32)[widths]
+    return Plan(
+        jnp.asarray(widths, jnp.int32),
+        jnp.asarray(xp.where(nu, windows, 0), jnp.int32),
+        jnp.asarray(xp.where(nu, shrinkage, xp.float32(0))),
+    )
+
+
 def storable(plan: Plan, slots: Slots, rows: int) -> jax.Array:
     """bool[]: every code of a plan has a meaning, and the plan fits into so many rows."""
-    nu = slots.moment != MU
+    nu = slots.moment == NU
     narrowest = np.where(nu, NU_WIDTHS[0], MU_WIDTHS[0])
     sound = (plan.widths >= narrowest) & (plan.widths <= WIDEST)
     sound &= ~nu | (plan.windows >= WINDOWS[0]) & (plan.windows <= WINDOWS[-1])
     sound &= ~nu | (plan.shrinkage >= 0) & (plan.shrinkage <= 1)
-    return jnp.all(sound) & (jnp.sum(slots.tiles * plan.widths) <= rows)
+    return jnp.all(sound) & (room(rows, slots.tiles, plan.widths) >= 0)
 
 
 class PrecisionState(NamedTuple):
@@ -122,7 +138,8 @@ class Policy:
         return np.array(DEFAULT_WINDOW)[widths]
 
     def first_memory(self, slots: Slots) -> Any:
-        """What the policy remembers, arrays in a NamedTuple."""
+        """What the policy remembers, arrays in a NamedTuple. `stquant.metrics` calls the entries of
+        a last axis of [slots] by the slots' names."""
         return NoMemory()
 
     def decide(
@@ -149,15 +166,9 @@ class Policy:
     def init(self, slots: Slots, rows: int) -> PrecisionState:
         """The state to start with."""
         widths = np.asarray(self.first_widths(slots, rows), np.int32)
-        windows = np.asarray(self.first_windows(widths), np.int32)
-        shrinkage = np.array(DEFAULT_SHRINKAGE, np.float32)[widths]
-        mu, leaves = slots.moment == MU, len(slots.tiles) // 2
+        leaves = len(slots.tiles) // 2
         return PrecisionState(
-            Plan(
-                jnp.asarray(widths),
-                jnp.asarray(np.where(mu, 0, windows)),
-                jnp.asarray(np.where(mu, np.float32(0), shrinkage)),
-            ),
+            plan_with(slots.moment, widths, self.first_windows(widths)),
             nothing_observed(leaves),
             nothing_tallied(leaves),
             self.first_memory(slots),

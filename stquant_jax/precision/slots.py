@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 MU, NU = 0, 1
@@ -17,6 +19,7 @@ MU_WIDTHS = (2, 3, 4, 5, 6, 7, 8)  # bits of a code
 NU_WIDTHS = (0, 2, 3, 4, 5, 6, 7, 8)
 WIDEST = 8
 EXACT = "exact"
+_DIGIT, _LAST = 12, 2**12 - 1  # of a number of rows: bits of a digit, and the largest
 
 Pins = tuple[tuple[str, Any], ...]
 
@@ -64,6 +67,20 @@ class Slots:
     @property
     def widest(self) -> np.ndarray:
         return WIDEST - np.argmax(self.allowed[:, ::-1], axis=1)
+
+
+def room(rows: Any, tiles: np.ndarray, widths: jax.Array) -> jax.Array:
+    """int32[]: how many of so many rows these widths leave free, below 0 if they take more.
+
+    Rows and tiles are those of all devices together, where they may be beyond int32. Counted in two
+    digits the outcome is exact; near 2**30 it stops.
+    """
+    parts = tiles >> _DIGIT, tiles & _LAST
+    high, low = (jnp.sum(widths * jnp.asarray(part, jnp.int32)) for part in parts)
+    high, low = (rows >> _DIGIT) - high, (rows & _LAST) - low
+    high, low = high + (low >> _DIGIT), low & _LAST
+    most = 2 ** (30 - _DIGIT)
+    return (jnp.clip(high, -most, most - 1) << _DIGIT) + low
 
 
 def is_whole(x: Any, least: int, most: int = 2**31 - 1) -> bool:

@@ -12,13 +12,14 @@ from jax import lax
 from stquant_jax.precision.capacity import Capacity, is_number
 from stquant_jax.precision.factors import OF_SUMS
 from stquant_jax.precision.policy import (
-    DEFAULT_SHRINKAGE,
     DEFAULT_WINDOW,
     Plan,
     PrecisionState,
+    plan_with,
 )
-from stquant_jax.precision.slots import MU, NU, Slots, is_whole
+from stquant_jax.precision.slots import MU, NU, Slots, is_whole, room
 from stquant_jax.precision.statistics import Sums, forget
+from stquant_jax.storage.indexing import traced_only
 
 # Bits of (mu, nu) per octave of each statistic. What examples/select_factors.py fits, octaves of
 # error per octave, over the octaves that a bit is worth: 2 of mu, 1 of nu. It finds R^2 = 0.98 and
@@ -33,11 +34,14 @@ SELECTED = {
 PUBLISHED = {"rms": (0.7, 1.6), "cv": (-0.2, 0.1), "second_moment": (-0.7, -1.6)}
 
 
+_MOST_TILES = 2**29
+
+
 class Trend(NamedTuple):
     """What `STQuant` remembers.
 
     Attributes:
-      octaves: float32[factors], moving averages of log2 of each statistic over all leaves.
+      octaves: float32[factors, 1], moving averages of log2 of each statistic over all leaves.
       weight: float32[], of the decisions in them: 0 before the first, 1 in the end.
       streak: int32[slots], decisions in a row that asked for more bits (+) or fewer (-).
     """
@@ -69,8 +73,8 @@ class STQuant(Capacity):
     moving average's decay (of logarithms, leaves weighted by size), patience, and the coefficient
     of variation as std / mean of the magnitudes of a leaf's gradients. The paper saves memory where
     bits are dropped; here the arena is fixed, so bits are dropped only where others take them.
-    In the paper's own ablation the spatial part saves memory, not quality; README's table of
-    policies has what it does here, beside `Budget`, which measures what each bit would save.
+    In the paper's own ablation the spatial part saves memory, not quality; docs/results/policy.md
+    has what it does here, beside `Budget`, which measures what each bit would save.
 
     The default statistics are not the published ones but those that greedy selection keeps of the
     ones the fused step offers, because they tell more of the measured error: the update's RMS
@@ -127,7 +131,7 @@ class STQuant(Capacity):
 
     def first_memory(self, slots: Slots) -> Trend:
         return Trend(
-            jnp.zeros((len(self.factors),), jnp.float32),
+            jnp.zeros((len(self.factors), 1), jnp.float32),
             jnp.zeros((), jnp.float32),
             jnp.zeros((len(slots.tiles),), jnp.int32),
         )
@@ -138,8 +142,9 @@ class STQuant(Capacity):
         del decays, count
         plan, observed = state.plan, state.observed
         score, known, memory = self._score(slots, observed.sums, state.memory)
-        wanted = jnp.clip(self._average(slots, rows) + score, slots.narrowest, slots.widest)
-        wish = jnp.where(known, wanted - plan.widths, 0.0)
+        ends = (np.asarray(x, np.float32) for x in (slots.narrowest, slots.widest))
+        wanted = jnp.clip(self._average(slots, rows) + score, *ends)
+        wish = jnp.where(known, wanted - plan.widths.astype(jnp.float32), 0.0)
         widths, streak = self._move(slots, rows, plan.widths, wish, memory.streak)
         new = _replan(slots, plan, widths)
         changed = widths != plan.widths
@@ -152,11 +157,11 @@ class STQuant(Capacity):
         known = jnp.all(jnp.isfinite(octaves), axis=0) & (sums.gradient > 0)
         octaves = jnp.where(known, octaves, 0.0)
         size = jnp.where(known, jnp.asarray(slots.tiles[MU::2], jnp.float32), 0.0)
-        mean = octaves @ size / jnp.maximum(jnp.sum(size), 1.0)
+        mean = (octaves @ size / jnp.maximum(jnp.sum(size), 1.0))[:, None]
         new = jnp.where(jnp.any(known), 1 - self.decay, 0.0)
         weight = memory.weight + new * (1 - memory.weight)
         trend = memory.octaves + new * (mean - memory.octaves)
-        relative = octaves - (trend / jnp.maximum(weight, 1e-6))[:, None]
+        relative = octaves - trend / jnp.maximum(weight, 1e-6)
         weights = jnp.asarray([pair for _, pair in self.factors], jnp.float32)
         score = jnp.where(known[:, None], relative.T @ weights, 0.0).reshape(-1)
         return score, jnp.repeat(known, 2), Trend(trend, weight, memory.streak)
@@ -180,14 +185,15 @@ class STQuant(Capacity):
             for table in _adjacent(slots.allowed)
         )
         tiles = jnp.asarray(slots.tiles, jnp.int32)
-        up = (higher > widths) & (wish > self.up * (higher - widths))
-        down = (lower < widths) & (-wish > self.down * (widths - lower))
+        more, less = higher - widths, widths - lower
+        up = (more > 0) & (wish > self.up * more.astype(jnp.float32))
+        down = (less > 0) & (-wish > self.down * less.astype(jnp.float32))
         verdict = up.astype(jnp.int32) - down.astype(jnp.int32)
         streak = jnp.where(jnp.sign(streak) == verdict, streak + verdict, verdict)
         streak = jnp.clip(streak, -self.patience, self.patience)
         due = jnp.abs(streak) == self.patience
-        cost = jnp.where(due & up, tiles * (higher - widths), 0)
-        freed = jnp.where(due & down, tiles * (widths - lower), 0)
+        cost = jnp.where(due & up, tiles * more, 0)
+        freed = jnp.where(due & down, tiles * less, 0)
 
         def grow(free, cost):
             fits = (cost > 0) & (cost <= free)
@@ -196,7 +202,7 @@ class STQuant(Capacity):
         # Those that ask for most come first; as many others yield as that takes.
         order = jnp.argsort(wish)
         place = jnp.argsort(order)
-        free = rows - jnp.sum(tiles * widths)
+        free = self._counted(room(rows, slots.tiles, widths), slots)
         _, fits = lax.scan(grow, free + jnp.sum(freed), cost[order], reverse=True)
         grows = fits[place]
         missing = jnp.sum(jnp.where(grows, cost, 0)) - free
@@ -205,14 +211,25 @@ class STQuant(Capacity):
         widths = jnp.where(grows, higher, jnp.where(shrinks, lower, widths))
         return widths, jnp.where(grows | shrinks, 0, streak)
 
+    def _counted(self, free: jax.Array, slots: Slots) -> jax.Array:
+        """``free``, unless sums of what slots ask for are beyond int32: a step is two bits at most,
+        and there may be as much free as all ask for."""
+        tiles = int(np.sum(slots.tiles, dtype=np.int64))
+        if tiles <= _MOST_TILES:
+            return free
+        return traced_only(
+            free,
+            f"{type(self).__name__}(interval={self.interval}) with {tiles:,} tiles of 4096 "
+            f"elements in both moments: expected at most {_MOST_TILES:,}, or interval=None, or "
+            "another policy",
+        )
+
 
 def _replan(slots: Slots, plan: Plan, widths: jax.Array) -> Plan:
     """Windows and shrinkage that go with new widths. Growing is lossless in the same window."""
     keeps = (widths == plan.widths) | ((plan.widths > 0) & (widths > plan.widths))
     windows = jnp.where(keeps, plan.windows, jnp.asarray(DEFAULT_WINDOW, jnp.int32)[widths])
-    shrinkage = jnp.asarray(DEFAULT_SHRINKAGE, jnp.float32)[widths]
-    nu = slots.moment == NU
-    return Plan(widths, jnp.where(nu, windows, 0), jnp.where(nu, shrinkage, 0.0))
+    return plan_with(slots.moment, widths, windows, jnp)
 
 
 def _adjacent(allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -144,14 +144,14 @@ def _stretches(x: jax.Array, sizes: np.ndarray) -> jax.Array:
     x = x.reshape(*x.shape[:-1], -1, _BLOCK)
     whole = jnp.sum(_digits(x), axis=-1, dtype=jnp.uint32)
     before = jnp.cumsum(whole, axis=-1, dtype=jnp.uint32) - whole
-    part = jnp.where(jnp.arange(_BLOCK) < rest[:, None], x[..., block, :], 0.0)
+    part = jnp.where(jnp.arange(_BLOCK)[None] < rest[:, None], x[..., block, :], 0.0)
     up_to = before[..., block] + jnp.sum(_digits(part), axis=-1, dtype=jnp.uint32)
     return up_to[..., 1:] - up_to[..., :-1]
 
 
 def _digits(x: jax.Array) -> jax.Array:
     """float32[...] of at least 0 -> uint32[8, ...], each below 2**16, by shifting the mantissa."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)[None]
     # Above infinity are NaN, and what is negative.
     bits = jnp.where(bits > _INFINITE, jnp.uint32(0), jnp.minimum(bits, jnp.uint32(_LARGEST)))
     # An exponent of 0 implies no such bit, but is far below the unit.

@@ -1,6 +1,5 @@
 """Every test runs for every line of the table that it asks for, with both storages."""
 
-import jax
 import pytest
 
 from tests.conformance.cases import CASES
@@ -15,11 +14,3 @@ def case(request):
 @pytest.fixture(params=STORAGES.values(), ids=STORAGES, scope="session")
 def storage(request):
     return request.param
-
-
-@pytest.fixture(autouse=True, scope="session")
-def quick_compilation():
-    """Programs here run a few times only: compiling them is what takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -21,7 +21,7 @@ def train(model, optimizer):
 
 def test_nnx(case, storage):
     """The state of an nnx.Optimizer keeps its types."""
-    with can(case, "flax"):
+    with can(case, "frameworks"):
         model, optimizer = training(case, storage)
         before = types(nnx.state(optimizer))
         _, state = nnx.eval_shape(train, model, optimizer)
@@ -29,7 +29,7 @@ def test_nnx(case, storage):
 
 
 def test_nnx_trains(case):
-    with can(case, "flax"):
+    with can(case, "frameworks"):
         model, optimizer = training(case, EXACT)
         step = nnx.jit(train)
         first, _, last = (step(model, optimizer)[0] for _ in range(3))
@@ -38,7 +38,7 @@ def test_nnx_trains(case):
 
 def test_linen(case, storage):
     """A TrainState keeps its types."""
-    with can(case, "flax"):
+    with can(case, "frameworks"):
         state = TrainState.create(apply_fn=None, params=params(), tx=case.optimizer(storage))
         new = jax.eval_shape(lambda state: state.apply_gradients(grads=gradients()), state)
         assert types(new.params) == types(state.params)

@@ -99,7 +99,7 @@ def test_apply_if_finite(case, storage):
 def injected(case, storage, **how):
     inject = optax.inject_hyperparams(case.make, static_args=case.static, **how)
     rate = () if case.direction else (case.rate,)
-    return inject(*rate, **case.options, **case.ours, storage=storage)
+    return inject(*rate, **case.options, **case.own(storage))
 
 
 def test_inject_hyperparams(case, storage):

@@ -56,6 +56,7 @@ def reference_loss(case):
     return loss(program(*start)[0])
 
 
+@pytest.mark.thorough
 def test_goal(case, storage):
     """The learning rate is a schedule."""
     with can(case, "targets"):

@@ -13,8 +13,8 @@ from tests.conformance.cases import CASES
 from tests.conformance.shared import PACKED, can, gradients, params, types
 
 
-def precision_of(case):
-    return case.ours.get("precision", stquant.Fixed())
+def precision_of(case, storage):
+    return case.own(storage).get("precision", stquant.Fixed())
 
 
 @pytest.mark.parametrize("policy", [stquant.Budget, stquant.STQuant], ids=lambda x: x.__name__)
@@ -57,7 +57,7 @@ def test_to_optax(case, storage):
     state = case.optimizer(storage).init(params())
     with can(case, "to_optax"):
         theirs = jax.eval_shape(
-            lambda x: stquant.to_optax(x, params(), precision_of(case), storage), state
+            lambda x: stquant.to_optax(x, params(), precision_of(case, storage), storage), state
         )
         assert optax.tree_utils.tree_get(theirs, "nu")["bias"].shape == (3,)
 
@@ -65,7 +65,7 @@ def test_to_optax(case, storage):
 def test_portable(case, storage):
     state = jax.eval_shape(case.optimizer(storage).init, params())
     with can(case, "portable"):
-        stquant.to_portable(state, params(), precision_of(case), storage)
+        stquant.to_portable(state, params(), precision_of(case, storage), storage)
 
 
 def test_all_are_in_the_table():

@@ -1,11 +1,13 @@
-"""Every optimizer under `jax_enable_x64`: prints, as JSON, what became of each.
+"""Every optimizer under `jax_enable_x64`: prints, as JSON, what became of each (`outcomes`), or
+what one has stored (`digest`).
 
 A program of its own, since the switch is one of the whole process. Packed, updates are lowered but
-not compiled, which would take minutes, except for one of which the bits are compared.
+not compiled, which would take minutes, except for the one of which the bits are compared.
 """
 
 import hashlib
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -37,16 +39,14 @@ def digest():
     return hashlib.sha256(b"".join(arrays)).hexdigest()
 
 
-def main():
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)  # as conftest.py does
-    outcomes = {
+def outcomes():
+    return {
         f"{case.name}, {name}": outcome(case, storage)
         for case in CASES
         for name, storage in STORAGES.items()
     }
-    print(json.dumps({"outcomes": outcomes, "digest": digest()}))
 
 
 if __name__ == "__main__":
-    main()
+    jax.config.update("jax_enable_x64", True)
+    print(json.dumps({"outcomes": outcomes, "digest": digest}[sys.argv[1]]()))

@@ -1,0 +1,1 @@
+"""How far is a format's update from the exact one?"""

@@ -1,0 +1,265 @@
+"""What Nvidia's assembler makes of the GPU kernels, on a machine without a GPU.
+
+One leaf is compiled for an H100 by JAX's CUDA plugin. Measured of its kernel:
+
+    registers, spills, shared memory, and the warpgroups that fit on a processor with them; with
+    codes of nu and without are two programs of one kernel, which are compiled apart here
+    instructions that a thread executes, per element of its tile, by the pipe that they occupy
+    copies that XLA puts around the kernel, of anything as large as the arena
+    processor seconds to trace and to lower
+
+The least that a tile can take follows: four schedulers issue one instruction each a cycle, and the
+special functions' pipe takes a warp's in two. No latency, no memory: a bound, not a forecast.
+
+The plugin is not for the environment that tests run in, so it goes elsewhere. `make ptxas
+PYTHON=python3.12 VENV=.venv-newest` fetches it and runs
+
+    python -m benchmarks.gpu.ptxas build/cuda
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+from rich.table import Table
+
+import stquant_jax as stquant
+from benchmarks import _io
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+PROCESSOR = {"shared": 233472, "registers": 65536, "warpgroups": 16}
+RESERVED = 1024  # bytes of shared memory that every block takes beside its own
+ELEMENTS = 32  # of a thread
+BARRIERS = 4  # of a sum over lanes
+
+# Leaf, dtype of gradients, and of parameters if the update is applied.
+KERNELS = {
+    "rows": ((768, 3072), jnp.float32, None),
+    "columns": ((3072, 768), jnp.float32, None),
+    "rows, bfloat16": ((768, 3072), jnp.bfloat16, None),
+    "columns, bfloat16": ((3072, 768), jnp.bfloat16, None),
+    "rows, ragged": ((760, 3000), jnp.float32, None),
+    "rows, applied": ((768, 3072), jnp.bfloat16, jnp.float32),
+    "rows, applied at random": ((768, 3072), jnp.float32, jnp.bfloat16),
+}
+
+PASSES = {True: 5, False: 3}  # over a tile, with codes and without
+NO_CODES = ", no codes"
+
+PIPES = {
+    "float": "FADD FMUL FFMA FSEL FSETP FSET FMNMX HFMA2 HADD2 HMUL2 F2FP",
+    "integer": "IADD3 IMAD LOP3 SHF LEA ISETP SEL PRMT VIADD VIMNMX IMNMX PLOP3 I2FP SGXT BMSK",
+    "special": "MUFU I2F F2I FRND F2F I2I POPC FLO",
+    "shared memory": "LDS STS",
+    "global memory": "LDG STG UTMALDG UTMASTG UBLKCP",
+    "lanes": "SHFL BAR SYNCS",
+}
+PIPE_OF = {op: pipe for pipe, ops in PIPES.items() for op in ops.split()}
+
+
+def compile_leaf(shape: tuple[int, ...], gradients: Any, params: Any) -> dict[str, Any]:
+    """Lower and compile the update of one leaf; the kernel's dumps go where Mosaic was told."""
+    device = topologies.get_topology_desc(
+        platform="cuda", topology="1x1x1", target_config=H100
+    ).devices[0]
+    storage = stquant.Storage(backend="pallas_gpu")
+    tx = stquant.adamw(1e-3, precision=stquant.Budget(5.0), storage=storage)
+    p = {"leaf": jax.ShapeDtypeStruct(shape, params or gradients)}
+    state = jax.eval_shape(tx.init, p)
+    f = partial(stquant.fused_update, tx, stochastic_rounding=params == jnp.bfloat16)
+    donate = (1, 2)
+    if params is None:
+        tx = stquant.scale_by_adam_q(precision=stquant.Fixed(4, 3), storage=storage)
+        f, donate, state = tx.update, (1,), jax.eval_shape(tx.init, p)
+    args = ({"leaf": jax.ShapeDtypeStruct(shape, gradients)}, state, *((p,) if params else ()))
+    place = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    args = jax.tree.map(lambda x: place(x.shape, x.dtype), args)
+    start = time.process_time()
+    lowered = jax.jit(f, donate_argnums=donate).lower(*args)
+    seconds = time.process_time() - start
+    text = lowered.compile().as_text()
+    return {
+        "lower_cpu_s": round(seconds, 2),
+        "arena_copies": len(re.findall(r"u32\[\d+,128\]\S* copy(?:-start)?\(", text)),
+    }
+
+
+def resources(assembler: str, mosaic: str) -> dict[str, int]:
+    """From the assembler's and Mosaic's reports."""
+    stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+)", assembler).groups())
+    registers = int(re.search(r"Used (\d+) registers", assembler)[1])
+    shared = int(re.search(r"smem_scratch_bytes=(\d+)", mosaic)[1])
+    fits = (
+        PROCESSOR["shared"] // (shared + RESERVED),
+        PROCESSOR["registers"] // (128 * registers),
+        PROCESSOR["warpgroups"],
+    )
+    return {
+        "registers": registers,
+        "spilled_bytes": stores + loads,
+        "shared_bytes": shared,
+        "warpgroups": min(fits),
+    }
+
+
+def executed(disassembly: str, sums: int, found_passes: int) -> Counter[str]:
+    """Instructions that a thread executes for its 32 elements, by opcode.
+
+    Passes over a tile are nests of three loops of two, the inmost of which may be unrolled. The
+    loop with barriers is that over rows, with so many sums over lanes for each; it may be unrolled
+    altogether. All other loops count once: those that wait end at once, those over planes are
+    unrolled by four.
+    """
+    code, labels = [], {}
+    for line in disassembly.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\S.*)", line):
+            code.append(found[1])
+    jumps = [(re.search(r"^BRA.*`\((\.L\w+)\)", text), i) for i, text in enumerate(code)]
+    loops = [(labels[jump[1]], i) for jump, i in jumps if jump and labels.get(jump[1], i + 1) <= i]
+
+    def inside(a, b):
+        return b[0] <= a[0] and a[1] <= b[1] and a != b
+
+    passes = []
+    for inner in loops:
+        most = 1.5 * (inner[1] - inner[0])
+        nest = [x for x in loops if (inside(inner, x) or x == inner) and x[1] - x[0] < most]
+        if not any(inside(loop, inner) for loop in loops) and len(nest) >= 2:
+            passes.append(nest)
+    assert len(passes) == found_passes, f"{len(passes)} passes over a tile"
+    opcodes = [re.split(r"[.\s]", text)[0] for text in code]
+    barriers = {loop: opcodes[loop[0] : loop[1] + 1].count("BAR") for loop in loops}
+    # But for the one around everything, which waits.
+    rows = [x for x in loops if barriers[x] and not any(inside(y, x) for y in loops)]
+    assert len(rows) <= 1, "loops over rows"
+    counts = Counter()
+    for i, opcode in enumerate(opcodes):
+        depth = sum(first <= i <= last for nest in passes for first, last in nest)
+        again = [ELEMENTS * BARRIERS * sums // barriers[x] for x in rows if x[0] <= i <= x[1]]
+        counts[opcode] += 2**depth * sum(again or [1])
+    return counts
+
+
+def per_element(counts: Counter[str]) -> dict[str, Any]:
+    pipes = Counter()
+    for opcode, n in counts.items():
+        pipes[PIPE_OF.get(opcode, "other")] += n
+    # Four warps on four schedulers; 16 lanes of special functions for 128.
+    cycles = {"issue": sum(pipes.values()), "special": 8 * pipes["special"]}
+    return {
+        "instructions_per_element": {
+            pipe: round(pipes[pipe] / ELEMENTS, 2) for pipe in (*PIPES, "other")
+        }
+        | {"all": round(sum(pipes.values()) / ELEMENTS, 1)},
+        "least_cycles_per_tile": max(cycles.values()),
+    }
+
+
+def measure(name: str) -> dict[str, Any]:
+    """In a process of its own, whose environment tells Mosaic to dump what it compiles."""
+    from pallas_kernels.gpu import kernel  # of what it imports, older versions of JAX lack some
+
+    dump, coded = Path(os.environ["MOSAIC_GPU_DUMP_TO"]), not name.endswith(NO_CODES)
+    kernel.PROGRAMS = (coded,)
+    record = compile_leaf(*KERNELS[name.removesuffix(NO_CODES)])
+    (assembler,) = dump.glob("*.ptxas")
+    (mosaic,) = dump.glob("*.resources.txt")
+    record |= resources(assembler.read_text(), mosaic.read_text())
+    for disassembly in dump.glob("*.sass_ctrl"):
+        sums = 2  # of a row's parts, now and before
+        record |= per_element(executed(disassembly.read_text(), sums, PASSES[coded]))
+    return record
+
+
+def child(site: Path, name: str) -> dict[str, Any]:
+    """`measure`, with the plugin and its tools."""
+    tools = next(site.glob("nvidia/*/bin"))
+    with tempfile.TemporaryDirectory() as dump:
+        paths = (str(site), os.environ.get("PYTHONPATH", ""))
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PATH": os.pathsep.join((str(tools), os.environ["PATH"])),
+            "MOSAIC_GPU_DUMP_TO": dump,
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+        }
+        record = Path(dump) / "record.json"
+        command = [sys.executable, "-m", "benchmarks.gpu.ptxas", str(site), "--of", name]
+        subprocess.run([*command, "--json", str(record)], env=environment, check=True)
+        return _io.read_json(record)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("site", type=Path, help="where the CUDA plugin is")
+    names = [name + program for name in KERNELS for program in ("", NO_CODES)]
+    parser.add_argument("--kernels", nargs="+", choices=names, default=names)
+    parser.add_argument("--of", choices=names, help="in this process: one kernel")
+    parser.add_argument("--json", type=Path, default=_io.RESULTS / "ptxas.json")
+    options = parser.parse_args()
+    if options.of:
+        _io.write_json(options.json, measure(options.of))
+        return
+    kernels = {name: child(options.site.resolve(), name) for name in options.kernels}
+    _io.write_json(options.json, {"environment": _io.environment(), "kernels": kernels})
+    table = Table(
+        "kernel", "registers", "spills", "shared", "on a processor", "per element", "cycles"
+    )
+    for name, x in kernels.items():
+        table.add_row(
+            name,
+            *(str(x[key]) for key in ("registers", "spilled_bytes", "shared_bytes", "warpgroups")),
+            str(x.get("instructions_per_element", {}).get("all")),
+            str(x.get("least_cycles_per_tile")),
+        )
+    Console().print(table)
+    if bad := [name for name, x in kernels.items() if x["spilled_bytes"] or x["arena_copies"]]:
+        sys.exit(f"spills, or copies of the arena: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()

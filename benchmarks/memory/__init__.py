@@ -1,0 +1,1 @@
+"""How many bytes lie there, and how many move?"""

@@ -1,0 +1,1 @@
+"""Does training suffer, or change?"""

@@ -1,0 +1,1 @@
+"""How long do a step, a decision and a compilation take?"""

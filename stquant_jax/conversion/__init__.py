@@ -1,0 +1,4 @@
+"""From one format, mesh, budget or library to another.
+
+It imports inspection and all below. Read first: portable.
+"""
