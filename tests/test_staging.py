@@ -1,4 +1,6 @@
-"""The XLA loop's buckets: the gradients of some leaves at a time lie in tiles."""
+"""The XLA loop's leaves: large ones are read where they lie, of the others some at a time in a
+buffer. What is computed does not depend on it.
+"""
 
 from types import SimpleNamespace
 
@@ -10,26 +12,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stquant_jax as stquant
-from stquant_jax.backends import buckets
-from stquant_jax.backends.buckets import Buckets
+from stquant_jax.backends import loops, staging
+from stquant_jax.backends.staging import Staging
 from stquant_jax.storage.layout import layout_of
 from tests import common
 
 ADAMW = stquant.adamw(1e-2, precision=stquant.Fixed(5, 4))
 
 
-@given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
-def test_buckets(tiles):
-    """Every leaf is in one bucket, in order; none is larger than it has to be."""
-    found = Buckets(SimpleNamespace(quantized=[SimpleNamespace(tiles=n) for n in tiles])).leaves
-    assert [i for bucket in found for i in bucket] == list(range(len(tiles)))
-    assert all(map(len, found))
-    held = [sum(tiles[i] for i in bucket) for bucket in found]
-    room = max(buckets.LEAST, *tiles, -(-sum(tiles) // buckets.MOST))
-    assert max(held) <= room
-    # Two neighbours would not have fitted into one.
-    assert all(a + tiles[bucket.start] > room for a, bucket in zip(held, found[1:], strict=False))
-    assert len(found) <= 2 * buckets.MOST
+def leaf(tiles, kind):
+    return SimpleNamespace(tiles=tiles, kind=kind, shape=(tiles,), dtype="float32", size=tiles)
+
+
+@given(
+    st.lists(
+        st.builds(leaf, st.integers(1, 600), st.sampled_from(["tiled", "folded"])),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_buckets(leaves):
+    """Every leaf is read directly or in one bucket; none is larger than it has to be."""
+    found = Staging(SimpleNamespace(quantized=leaves))
+    assert sorted([*found.direct, *sum(found.buckets, [])]) == list(range(len(leaves)))
+    assert all(leaves[i].kind == "tiled" for i in found.direct)
+    assert all(leaves[i].tiles >= staging.LEAST for i in found.direct)
+    assert all(map(len, found.buckets))
+    for bucket in found.buckets:
+        held = [leaves[i].tiles for i in bucket]
+        assert sum(held) <= max(staging.ROOM, held[0]) and sum(held) <= found.tiles
+        # One leaf's tiles follow the other's, those of one shape side by side.
+        assert [found.first_tile[i] for i in bucket] == list(np.cumsum([0, *held[:-1]]))
+        assert held == sorted(held)
 
 
 def run(step, dtypes):
@@ -53,15 +67,20 @@ def applied(g, state, params):
     ids=["update, float32", "applied, two dtypes"],
 )
 def test_bits(step, dtypes, monkeypatch):
-    """Updates or parameters and the state are the same bits in one bucket and in many."""
+    """Updates or parameters and the state are the same bits wherever leaves lie, in one bucket or
+    in many, in chunks of any size."""
     want = run(step, dtypes)
+    for least, room, chunk in ((64, 1, 8), (1, 1, 8), (1, 256, 2)):
+        jax.clear_caches()
+        monkeypatch.setattr(staging, "LEAST", least)
+        monkeypatch.setattr(staging, "ROOM", room)
+        monkeypatch.setattr(loops, "CHUNK", chunk)
+        got = run(step, dtypes)
+        found = Staging(layout_of(want[0], stquant.Storage()))
+        assert found.direct if least == 1 else len(found.buckets) > 1
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     jax.clear_caches()
-    monkeypatch.setattr(buckets, "LEAST", 1)
-    got = run(step, dtypes)
-    jax.clear_caches()
-    assert len(Buckets(layout_of(want[0], stquant.Storage())).leaves) > 2
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,7 @@ def test_memory(step, donated, dtype, monkeypatch):
     """What a step needs beside its arguments, of which it keeps the memory, is less than a byte per
     element: no copy of leaves in either order of their axes, nor of all of them in float32, nor
     noise for all of them."""
-    monkeypatch.setattr(buckets, "LEAST", 1)
+    monkeypatch.setattr(staging, "ROOM", 32)
     shapes = {f"w{i}": (256, 1024) if i % 2 else (1024, 256) for i in range(16)}
     params = common.zeros(shapes, dtype)
     state = ADAMW.init(params)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stquant_jax.codecs import Hold
 from stquant_jax.storage.layout import Leaf
 from stquant_jax.storage.planes import GROUP, LANES
 
@@ -21,30 +22,44 @@ def has_windows(leaf: Leaf) -> bool:
     return leaf.kind == "tiled" or (leaf.kind == "flat" and leaf.size % GROUP == 0)
 
 
-def read(x: jax.Array, leaf: Leaf, tile: jax.Array, size: int) -> jax.Array:
-    """Tiles [tile, tile + size) of a leaf [*shape], where ``size`` divides ``tile``: [size, 32,
-    128], padding zero."""
+class Spot(NamedTuple):
+    """Where a tile is: int32 scalars, which all leaves' code shares."""
+
+    tile: jax.Array  # of the leaf
+    group: jax.Array  # along the group axis, its first element
+    lane: jax.Array  # along the lanes
+
+    @classmethod
+    def of(cls, tile: jax.Array, bands: jax.Array) -> "Spot":
+        """Of a tile of a leaf of so many bands."""
+        lane_tile = lax.div(tile, bands)
+        return cls(tile, (tile - lane_tile * bands) * GROUP, lane_tile * LANES)
+
+
+def read(x: jax.Array, leaf: Leaf, spot: Spot, size: int, hold: Hold) -> jax.Array:
+    """A chunk of a leaf [*shape] from a tile on that is a multiple of ``size``: [size, 32, 128],
+    padding zero."""
     piece = Piece.of(leaf, size)
     if piece.tiles == size:
-        return piece.read(x, tile)
+        return piece.read(x, spot, hold)
 
     def one(i, chunk):
-        new = piece.read(x, tile + i * piece.tiles)
+        new = piece.read(x, piece.spot(spot, i), hold)
         return lax.dynamic_update_slice_in_dim(chunk, new, i * piece.tiles, 0)
 
     chunk = lax.empty((size, GROUP, LANES), x.dtype)
     return lax.fori_loop(0, size // piece.tiles, one, chunk)
 
 
-def write(x: jax.Array, leaf: Leaf, tile: jax.Array, chunk: jax.Array) -> jax.Array:
+def write(x: jax.Array, leaf: Leaf, spot: Spot, chunk: jax.Array, hold: Hold) -> jax.Array:
     """The leaf with a chunk in it that `read` has read, whatever its dtype."""
     piece, chunk = Piece.of(leaf, len(chunk)), chunk.astype(x.dtype)
     if piece.tiles == len(chunk):
-        return piece.write(x, tile, chunk)
+        return piece.write(x, spot, chunk, hold)
 
     def one(i, x):
         new = lax.dynamic_slice_in_dim(chunk, i * piece.tiles, piece.tiles)
-        return piece.write(x, tile + i * piece.tiles, new)
+        return piece.write(x, piece.spot(spot, i), new, hold)
 
     return lax.fori_loop(0, len(chunk) // piece.tiles, one, x)
 
@@ -67,8 +82,12 @@ class Piece(NamedTuple):
     def tiles(self) -> int:
         return self.bands * self.lane_tiles
 
-    def read(self, x: jax.Array, tile: jax.Array) -> jax.Array:
-        x, first = self._seen(x), self._start(tile)
+    def spot(self, first: Spot, i: jax.Array) -> Spot:
+        """Of the chunk's piece ``i``."""
+        return Spot.of(first.tile + i * self.tiles, jnp.int32(self.leaf.bands))
+
+    def read(self, x: jax.Array, spot: Spot, hold: Hold) -> jax.Array:
+        x, first = self._seen(x), self._start(spot)
         inside, start = self._inside(x, first)
         window = lax.dynamic_slice(x, start, inside)
         for axis, n in enumerate(self._shape):
@@ -76,15 +95,17 @@ class Piece(NamedTuple):
                 window = _pad(window, axis, after=n)
                 beyond = first[axis] - start[axis]
                 window = lax.dynamic_slice_in_dim(window, beyond, n, axis)
-        window = window.T if self.leaf.transposed else window
+        if self.leaf.transposed:  # held, for a transpose of what lies together costs half as much
+            window = hold(window).T
         tiles = window.reshape(self.bands, GROUP, self.lane_tiles, LANES).transpose(2, 0, 1, 3)
         return tiles.reshape(self.tiles, GROUP, LANES)
 
-    def write(self, x: jax.Array, tile: jax.Array, tiles: jax.Array) -> jax.Array:
+    def write(self, x: jax.Array, spot: Spot, tiles: jax.Array, hold: Hold) -> jax.Array:
         tiles = tiles.reshape(self.lane_tiles, self.bands, GROUP, LANES).transpose(1, 2, 0, 3)
         window = tiles.reshape(self.bands * GROUP, self.lane_tiles * LANES)
-        window = window.T if self.leaf.transposed else window
-        shape, x, first = x.shape, self._seen(x), self._start(tile)
+        if self.leaf.transposed:
+            window = hold(window.T)
+        shape, x, first = x.shape, self._seen(x), self._start(spot)
         inside, start = self._inside(x, first)
         old, kept = lax.dynamic_slice(x, start, inside), jnp.array(False)
         for axis, n in enumerate(inside):
@@ -105,11 +126,9 @@ class Piece(NamedTuple):
     def _seen(self, x: jax.Array) -> jax.Array:
         return x.reshape((-1, GROUP) if self.leaf.kind == "flat" else self.leaf.matrix)
 
-    def _start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Row and column of a piece from ``tile`` on, which may be beyond the end."""
-        bands = jnp.int32(self.leaf.bands)
-        lane_tile = lax.div(tile, bands)
-        sides = (tile - lane_tile * bands) * GROUP, lane_tile * LANES
+    def _start(self, spot: Spot) -> tuple[jax.Array, jax.Array]:
+        """Row and column, which may be beyond the end."""
+        sides = spot.group, spot.lane
         return sides[::-1] if self.leaf.transposed else sides
 
     def _may_end(self, x: jax.Array, axis: int) -> bool:

@@ -8,7 +8,7 @@ turns once or not at all.
 """
 
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,9 @@ def step(
     ragged = any(leaf.ragged for leaf in layout.quantized)
     element = jnp.arange(GROUP, dtype=jnp.uint32)[None, :, None]
     staging = Staging(layout)
-    chunks = Chunks(layout, staging, grads, apply)
+    chunks = Chunks(layout, staging, grads, apply, hold)
 
-    def of_chunk(leaf, tile, size, spans, b, inputs, coded):
+    def of_chunk(leaf, codes_of, tile, size, spans, b, inputs, coded):
         """A chunk's result, new planes and scales, and sums. Nothing is written here."""
         at, old = table.first[leaf] + tile, b.packed
         words, mu_scale, nu_scale, nu_row = hold(
@@ -88,7 +88,7 @@ def step(
         )
         group, valid = table.place(leaf).of_tiles(tile, size, ragged)
         keys = keys_of(storage.seed, leaf, count)
-        lev, lat = jax.tree.map(lambda x: x[leaf], numbers)
+        lev, lat = codes_of
         g, *param = inputs
         result, new, terms = update_block(
             rule,
@@ -114,13 +114,13 @@ def step(
         )
         return result, stored, lane_sum(hold(jnp.stack(terms))).T
 
-    def update_chunk(leaf: jax.Array, size: int, tile: jax.Array, b: Buffers) -> Buffers:
+    def update_chunk(leaf: jax.Array, numbers: Any, size: int, tile: jax.Array, b: Buffers) -> Buffers:
         slots = 2 * leaf, 2 * leaf + 1
         spans = [rows.Span(offsets[i] + tile, widths[i], table.tiles[leaf]) for i in slots]
         at, coded, old = table.first[leaf] + tile, widths[slots[1]] > 0, b.packed
         inputs = chunks.read(leaf, tile, size, b)
         # Where nu has no codes it is another, shorter program.
-        make = partial(of_chunk, leaf, tile, size, spans, b, inputs)
+        make = partial(of_chunk, leaf, numbers, tile, size, spans, b, inputs)
         result, new, sums = lax.cond(coded, lambda: make(True), lambda: make(False))
         mu, nu = new.arena
         direct, staged = chunks.write(leaf, tile, result, b)
@@ -143,7 +143,8 @@ def step(
 
     def update_leaf(i: jax.Array, b: Buffers) -> Buffers:
         leaf = chunks.order[i]
-        return over_tiles(table.tiles[leaf], layout, partial(update_chunk, leaf), b)
+        here = jax.tree.map(lambda x: x[leaf], numbers)
+        return over_tiles(table.tiles[leaf], layout, partial(update_chunk, leaf, here), b)
 
     def update_bucket(bucket: jax.Array, carry: tuple) -> tuple:
         small, b = carry
@@ -166,15 +167,17 @@ class Chunks:
     """Where chunks of gradients and parameters come from, and where what is made of them goes."""
 
     def __init__(
-        self, layout: Layout, staging: Staging, grads: list[jax.Array], apply: Apply | None
+        self, layout: Layout, staging: Staging, grads: list[jax.Array], apply: Apply | None, hold: Any
     ):
         self.layout, self.staging, self.grads, self.apply = layout, staging, grads, apply
+        self.hold = hold
         parts = [staging.direct, *staging.buckets]
         source = {i: n for n, i in enumerate(staging.direct)}
         every = range(len(layout.quantized))
         self.order = jnp.array([i for part in parts for i in part], jnp.int32)
         ends = np.cumsum([0, *map(len, parts)])
         self.starts = jnp.array(ends, jnp.int32)
+        self.bands = jnp.array([leaf.bands for leaf in layout.quantized], jnp.int32)
         self.source = jnp.array([source.get(i, len(source)) for i in every], jnp.int32)
         self.first = jnp.array([staging.first_tile.get(i, 0) for i in every], jnp.int32)
         rounds = [apply is not None and apply.rounds(x) for x in (apply.params if apply else ())]
@@ -198,9 +201,11 @@ class Chunks:
     def read(self, leaf: jax.Array, tile: jax.Array, size: int, b: Buffers) -> list[jax.Array]:
         """A chunk of the gradient, and of the parameter: float32[size, 32, 128]."""
 
+        spot = windows.Spot.of(tile, self.bands[leaf])
+
         def direct(n, i):
             here = [b.direct[n]] if self.apply is None else [self.grads[i], b.direct[n]]
-            found = [windows.read(x, self.layout.quantized[i], tile, size) for x in here]
+            found = [windows.read(x, self.layout.quantized[i], spot, size, self.hold) for x in here]
             return [x.astype(jnp.float32) for x in found]
 
         def staged():
@@ -226,9 +231,10 @@ class Chunks:
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """What `Buffers` has of leaves, with a chunk of updates or parameters."""
         source, which = self.source[leaf], self.staging.direct
+        spot = windows.Spot.of(tile, self.bands[leaf])
 
         def one(n, x):
-            return windows.write(x, self.layout.quantized[which[n]], tile, new)
+            return windows.write(x, self.layout.quantized[which[n]], spot, new, self.hold)
 
         direct, staged = in_place_at(source, one, b.direct), list(b.staged)
         if staged:
