@@ -352,8 +352,7 @@ class Tile:
 
     def coded_first(self, i: jax.Array, gain: jax.Array) -> jax.Array:
         """mu's code of element i, signed."""
-        e = self.scratch.mu[i]
-        return quantized(e, jnp.abs(e), gain, self.s.lev, self.noise(i, self.group).mu)
+        return quantized(self.scratch.mu[i], gain, self.s.lev, self.noise(i, self.group).mu)
 
     def code_first(self, gain: jax.Array) -> jax.Array:
         """mu's codes, packed. Per group: the decoded length, squared, in scales."""

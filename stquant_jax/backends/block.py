@@ -78,25 +78,26 @@ def update_block(
     first = encode_first(e, valid, new.presence, lev, noise.mu, noise.mu_coin, ops)
     update = rule.direction(g, mu, new.v_used, scalars)
 
-    def at_round_row(x):
-        """What a tile's round-robin row has of it: [..., 1, n]."""
-        return ops.row(jnp.broadcast_to(x, g.shape), round_row)
-
-    mu_code = to_float(at_round_row(first.codes))
-    nu_code = jnp.zeros_like(mu_code)
-    if new.codes is not None:
-        nu_code = to_float(at_round_row(new.codes))
+    codes = first.codes, new.codes
+    elements = valid, g, update, nu, new.v_used, new.share, new.inverse_root, e, codes
+    # What a tile's round-robin row has of it, [..., 1, n]: held, or it is picked in the midst of
+    # what is computed of it, which is slow.
+    rows = hold(
+        jax.tree.map(lambda x: ops.row(jnp.broadcast_to(x, g.shape), round_row), elements)
+    )
+    valid_, g_, update_, nu_, nu_used, share, inverse_root, e_, (mu_code, nu_code) = rows
+    mu_code = to_float(mu_code)
     sample = Sample(
-        present=at_round_row(valid) * new.presence == 1.0,
-        g=at_round_row(g),
-        update=at_round_row(update),
-        nu=at_round_row(nu),
-        nu_used=at_round_row(new.v_used),
-        predicted=new.mean * at_round_row(new.share),
-        inverse_root=at_round_row(new.inverse_root),
-        mu_error=error_of(at_round_row(e), mu_code, first.scale, lev),
+        present=valid_ * new.presence == 1.0,
+        g=g_,
+        update=update_,
+        nu=nu_,
+        nu_used=nu_used,
+        predicted=new.mean * share,
+        inverse_root=inverse_root,
+        mu_error=error_of(e_, mu_code, first.scale, lev),
         mu_code=mu_code,
-        nu_code=nu_code,
+        nu_code=jnp.zeros_like(mu_code) if nu_code is None else to_float(nu_code),
     )
     codes = Codes(first.codes, new.codes, first.scale, new.scale, to_code(new.row))
     return update, codes, terms_of(hold(sample), rule, scalars, lev, lat)

@@ -99,9 +99,8 @@ def encode_first(
     ``present`` is 0 for a group of zeros, NaN for one that is not finite, else 1. ``dither`` is
     uniform on [-1/2, 1/2) per element, ``coin`` on [0, 1) per group.
     """
-    size = jnp.abs(e)
-    gain = ops.hold(gain_of(group_max(size, ops), lev))
-    q = ops.hold(quantized(e, size, gain, lev, dither))
+    gain = ops.hold(gain_of(group_max(jnp.abs(e), ops), lev))
+    q = ops.hold(quantized(e, gain, lev, dither))
     level = q + lev.between
     decoded = group_sum(level * level * valid, ops) * (lev.unit * lev.unit)
     code = length_of(group_sum(e * e, ops), decoded, present, coin)
@@ -121,14 +120,13 @@ def gain_of(largest: jax.Array, lev: Levels) -> jax.Array:
     return lev.gain / jnp.maximum(largest, _LEAST_RATIO)
 
 
-def quantized(
-    e: jax.Array, size: jax.Array, gain: jax.Array, lev: Levels, dither: jax.Array
-) -> jax.Array:
-    """Signed codes, low to high, of e, whose magnitude is ``size``; dither is about zero."""
+def quantized(e: jax.Array, gain: jax.Array, lev: Levels, dither: jax.Array) -> jax.Array:
+    """Signed codes, low to high, of e; dither is about zero."""
     # Between the two levels next to zero the choice is random, so that zero stays zero on average:
     # a parameter without gradient in a living group must not drift.
-    rounding = jnp.where(size < lev.between / gain, dither, 0.5 - lev.between)
-    return jnp.clip(jnp.floor(e * gain + rounding), lev.low, lev.high)
+    z = e * gain
+    rounding = jnp.where(jnp.abs(z) < lev.between, dither, 0.5 - lev.between)
+    return jnp.clip(jnp.floor(z + rounding), lev.low, lev.high)
 
 
 def level_of(q: jax.Array, lev: Levels) -> jax.Array:
