@@ -26,7 +26,7 @@ CAP = 2 ** (16 * 8)
 
 @partial(jax.jit, static_argnames="tiles")
 def added(old, values, tiles=TILES, counted=None):
-    return add(old, Sums(*values), DECAYS, tiles, counted)
+    return add(old, tally.by_leaf(jnp.asarray(values), tiles), DECAYS, counted)
 
 
 def of(*steps, tiles=TILES):
@@ -111,6 +111,17 @@ def test_no_order_and_no_division_of_labour(values, seed):
         np.testing.assert_array_equal(kind, x)
 
 
+@given(steps(count=1), st.sampled_from([1, 7, 24]))
+def test_chunk_by_chunk(values, chunk):
+    """A leaf's digits do not depend on how many of its tiles are added at once."""
+    (values,) = values
+    digits = tally.no_sums(0)[..., :1].sum(-1, dtype=jnp.uint32)
+    for start in range(0, COUNT, chunk):
+        digits = tally.joined(digits, values[:, start : start + chunk])
+    want = tally.by_leaf(jnp.asarray(values), (COUNT,))[..., 0]
+    np.testing.assert_array_equal(digits, want)
+
+
 def test_leaves_of_which_a_device_has_nothing():
     """Two devices with other numbers of tiles: of one leaf the first one has none."""
     random = np.random.default_rng(0)
@@ -151,7 +162,7 @@ def test_many_tiles(addends, monkeypatch):
     values = np.full((KINDS, sum(tiles)), 2.0**24 - 1, np.float32)
     values[1] = 2.0**-80 * (2.0**24 - 1)
     values[2] = np.nextafter(np.float32(2.0**-40), 0)
-    result = add(nothing_tallied(len(tiles)), Sums(*values), DECAYS, tiles)
+    result = add(nothing_tallied(len(tiles)), tally.by_leaf(values, tiles), DECAYS)
     one = [units(kind[0]) for kind in values]
     assert whole(result.digits[0]) == [[x * n for n in tiles] for x in one]
 

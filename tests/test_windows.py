@@ -1,4 +1,4 @@
-"""Chunks of tiles are read where they lie in a leaf, and written there, whatever it is padded by."""
+"""Chunks of tiles are read where they lie in a leaf, and written there, padding or not."""
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,10 @@ def check(shape, alignment, size):
     def at(tile):
         return windows.Spot.of(tile, jnp.int32(leaf.bands))
 
-    read = jax.jit(lambda x, tile, n: windows.read(x, leaf, at(tile), n), static_argnums=2)
-    write = jax.jit(lambda x, tile, new: windows.write(x, leaf, at(tile), new))
+    read = jax.jit(
+        lambda x, tile, n: windows.read(x, leaf, at(tile), n, lambda x: x), static_argnums=2
+    )
+    write = jax.jit(lambda x, tile, new: windows.write(x, leaf, at(tile), new, lambda x: x))
     got, ends = -np.ones(shape, np.float32), range(0, leaf.tiles - size + 1, size)
     chunks = [(tile, size) for tile in ends] + [(i, 1) for i in range(len(ends) * size, leaf.tiles)]
     for tile, n in chunks:
@@ -75,7 +77,7 @@ def test_dtypes():
     """A chunk is cast to the leaf's dtype where it is written, and keeps it where it is read."""
     leaf = leaf_of("leaf", (64, 256), jnp.bfloat16, Storage())
     x, at = jnp.ones((64, 256), jnp.bfloat16), windows.Spot.of(jnp.int32(0), jnp.int32(2))
-    assert windows.read(x, leaf, at, 2).dtype == jnp.bfloat16
-    new = windows.write(x, leaf, at, jnp.full((2, 32, 128), 1.001))
+    assert windows.read(x, leaf, at, 2, lambda x: x).dtype == jnp.bfloat16
+    new = windows.write(x, leaf, at, jnp.full((2, 32, 128), 1.001), lambda x: x)
     np.testing.assert_array_equal(np.asarray(new[:, :128], np.float32), np.float32(1))
     assert new.dtype == jnp.bfloat16

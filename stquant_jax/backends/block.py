@@ -82,9 +82,7 @@ def update_block(
     elements = valid, g, update, nu, new.v_used, new.share, new.inverse_root, e, codes
     # What a tile's round-robin row has of it, [..., 1, n]: held, or it is picked in the midst of
     # what is computed of it, which is slow.
-    rows = hold(
-        jax.tree.map(lambda x: ops.row(jnp.broadcast_to(x, g.shape), round_row), elements)
-    )
+    rows = hold(jax.tree.map(lambda x: ops.row(jnp.broadcast_to(x, g.shape), round_row), elements))
     valid_, g_, update_, nu_, nu_used, share, inverse_root, e_, (mu_code, nu_code) = rows
     mu_code = to_float(mu_code)
     sample = Sample(
@@ -116,11 +114,6 @@ class Sample(NamedTuple):
     mu_error: jax.Array  # decoded less true, over the root of nu as stored
     mu_code: jax.Array
     nu_code: jax.Array
-
-
-def no_sums() -> Sums:
-    """Statistics of no tiles at all."""
-    return Sums(*jnp.zeros((len(Sums._fields), 0), jnp.float32))
 
 
 def terms_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:

@@ -16,6 +16,9 @@ from stquant_jax.storage.places import Place, places_of
 
 # Tiles computed together: enough to amortise an iteration of the loop, few enough for the cache.
 CHUNK = 8
+# The same for a whole update, where XLA divides its operations among cores if they are large
+# enough.
+FEWEST, BEST, MOST = 16, 24, 32
 
 
 class Table(NamedTuple):
@@ -93,16 +96,30 @@ def over_tiles(
     """``body(size, first tile, carry)`` over ``tiles`` tiles (traced), those of one of the layout's
     leaves or none, in chunks, then one by one.
 
-    Where chunks leave no rest of any leaf, there is one body to compile: so it is where all leaves
-    are shorter than a chunk, which is then as long as divides them all.
+    Where chunks leave no rest of any leaf, there is one body to compile.
     """
-    lengths = [leaf.tiles for leaf in layout.quantized]
-    chunk = CHUNK if max(lengths) >= CHUNK else math.gcd(*lengths)
+    lengths = layout.tiles_of_leaves
+    chunk = chunk_of(layout)
     whole = tiles // chunk
     carry = lax.fori_loop(0, whole, lambda i, c: body(chunk, i * chunk, c), carry)
     if all(length % chunk == 0 for length in lengths):
         return carry
     return lax.fori_loop(whole * chunk, tiles, lambda i, c: body(1, i, c), carry)
+
+
+def chunk_of(layout: Layout) -> int:
+    """Tiles of a chunk: as many as leave the least rest of leaves, and of their columns of tiles.
+    Where all leaves are shorter, as many as divide them all."""
+    leaves = layout.quantized
+    if max(layout.tiles_of_leaves) < FEWEST:
+        return math.gcd(*layout.tiles_of_leaves)
+
+    def cost(size):
+        rest = sum(leaf.tiles % size for leaf in leaves)
+        cut = sum(leaf.tiles for leaf in leaves if leaf.bands % size and size % leaf.bands)
+        return rest + cut, abs(size - BEST)
+
+    return min(range(FEWEST, MOST + 1), key=cost)
 
 
 def over_leaf(

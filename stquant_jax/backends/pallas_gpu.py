@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from stquant_jax.backends.block import Sample, no_sums, slot_numbers, terms_of
+from stquant_jax.backends.block import Sample, slot_numbers, terms_of
 from stquant_jax.precision import Plan, Sums
+from stquant_jax.precision.tally import by_leaf, no_sums
 from stquant_jax.rules.adam import Adam, AdamScalars
 from stquant_jax.rules.apply import Apply, apply_quantized
 from stquant_jax.storage import arena as rows
@@ -34,13 +35,14 @@ def step(
     grads: list[jax.Array],
     packed: rows.Packed,
     plan: Plan,
+    weights: jax.Array,
     apply: Apply | None = None,
-) -> tuple[list[jax.Array], rows.Packed, Sums]:
+) -> tuple[list[jax.Array], rows.Packed, jax.Array]:
     """As `stquant_jax.backends.xla.step`."""
     from pallas_kernels import gpu  # of what it imports, older versions of JAX lack some
 
     if not layout.quantized:
-        return [], packed, no_sums()
+        return [], packed, no_sums(0)
     inside = apply is None or all(p.dtype in DTYPES for p in apply.params)
     kept = [g if g.dtype in DTYPES and inside else g.astype(jnp.float32) for g in grads]
     tables = gpu.Tables.of(
@@ -67,5 +69,5 @@ def step(
         updates = [u.astype(g.dtype) for u, g in zip(updates, grads, strict=True)]
     elif not inside:
         updates = apply_quantized(layout, storage, count, updates, apply)
-    sums = jnp.concatenate(tile_sums)[:, : len(Sums._fields)]
-    return updates, packed, Sums(*sums.T)
+    sums = jnp.concatenate(tile_sums)[:, : len(Sums._fields)].T * weights[:, None]
+    return updates, packed, by_leaf(sums, layout.tiles_of_leaves)

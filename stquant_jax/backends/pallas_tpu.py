@@ -10,9 +10,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from pallas_kernels import tpu
-from stquant_jax.backends.block import Codes, no_sums, slot_numbers, update_block
+from stquant_jax.backends.block import Codes, slot_numbers, update_block
 from stquant_jax.codecs import Ops
 from stquant_jax.precision import Plan, Sums
+from stquant_jax.precision.tally import by_leaf, no_sums
 from stquant_jax.rules.adam import Adam, AdamScalars
 from stquant_jax.rules.apply import Apply
 from stquant_jax.storage import arena as rows
@@ -69,11 +70,12 @@ def step(
     grads: list[jax.Array],
     packed: rows.Packed,
     plan: Plan,
+    weights: jax.Array,
     apply: Apply | None = None,
-) -> tuple[list[jax.Array], rows.Packed, Sums]:
+) -> tuple[list[jax.Array], rows.Packed, jax.Array]:
     """As `stquant_jax.backends.xla.step`."""
     if not layout.quantized:
-        return [], packed, no_sums()
+        return [], packed, no_sums(0)
     count = count if storage.interpret else _on_tpu.bind(count)
     tables = tpu.Tables.of(
         layout,
@@ -106,4 +108,5 @@ def step(
         sums.append(part)
     nu_row = stored.nu_row.reshape(-1).astype(packed.nu_row.dtype)
     sums = jnp.concatenate(sums)[:, : len(Sums._fields)].swapaxes(0, 1)
-    return results, stored._replace(nu_row=nu_row), Sums(*sums.reshape(-1, layout.tiles))
+    sums = sums.reshape(-1, layout.tiles) * weights[:, None]
+    return results, stored._replace(nu_row=nu_row), by_leaf(sums, layout.tiles_of_leaves)

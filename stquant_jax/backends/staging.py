@@ -22,6 +22,8 @@ LEAST = 64
 # Tiles of a bucket: 4 MB, or as many as the largest leaf in it has.
 ROOM = 256
 
+Small = dict[int, jax.Array]  # leaves by their index
+
 
 @dataclass(frozen=True)
 class Staging:
@@ -69,7 +71,7 @@ class Staging:
     def buffer(self) -> jax.Array:
         return lax.empty((self.tiles, GROUP, LANES), jnp.float32)
 
-    def load(self, bucket: jax.Array, data: jax.Array, leaves: dict[int, jax.Array]) -> jax.Array:
+    def load(self, bucket: jax.Array, data: jax.Array, leaves: Small) -> jax.Array:
         """The buffer with a bucket's leaves; unchanged where there is no such bucket."""
 
         def lay(which, now, data):
@@ -86,9 +88,7 @@ class Staging:
             data = in_place_if(bucket == n, partial(lay, which), data)
         return data
 
-    def unload(
-        self, bucket: jax.Array, leaves: dict[int, jax.Array], data: jax.Array
-    ) -> dict[int, jax.Array]:
+    def unload(self, bucket: jax.Array, leaves: Small, data: jax.Array) -> Small:
         """The leaves with those of a bucket taken out of the buffer."""
 
         def take(which, now, old):
@@ -96,8 +96,9 @@ class Staging:
             for like in self._alike(which):
                 leaf, first = self.layout.quantized[like[0]], self.first_tile[like[0]]
                 tiles = data[first : first + len(like) * leaf.tiles]
-                x = jax.vmap(partial(from_tiles, leaf=leaf))(tiles.reshape(len(like), -1, *tiles.shape[1:]))
-                # Held, or XLA has the leaves in the order of tiles in memory, and copies them there.
+                tiles = tiles.reshape(len(like), leaf.tiles, *tiles.shape[1:])
+                x = jax.vmap(partial(from_tiles, leaf=leaf))(tiles)
+                # Or XLA has leaves in the order of tiles in memory, and copies them there before.
                 x = hold(x.astype(old[like[0]].dtype))
                 new |= {i: x[n] for n, i in enumerate(like)}
             return new

@@ -120,16 +120,16 @@ class Piece(NamedTuple):
     @property
     def _shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        sides = self.bands * GROUP, self.lane_tiles * LANES
-        return sides[::-1] if self.leaf.transposed else sides
+        groups, lanes = self.bands * GROUP, self.lane_tiles * LANES
+        return (lanes, groups) if self.leaf.transposed else (groups, lanes)
 
     def _seen(self, x: jax.Array) -> jax.Array:
         return x.reshape((-1, GROUP) if self.leaf.kind == "flat" else self.leaf.matrix)
 
     def _start(self, spot: Spot) -> tuple[jax.Array, jax.Array]:
         """Row and column, which may be beyond the end."""
-        sides = spot.group, spot.lane
-        return sides[::-1] if self.leaf.transposed else sides
+        group, lane = spot.group, spot.lane
+        return (lane, group) if self.leaf.transposed else (group, lane)
 
     def _may_end(self, x: jax.Array, axis: int) -> bool:
         """Whether any piece reaches beyond the end of an axis, or lies there."""

@@ -24,9 +24,9 @@ from stquant_jax.engine.differentiation import constant
 from stquant_jax.engine.planning import capacity_for, layout_for, resumed, rows_for, slots_for
 from stquant_jax.engine.state import ScaleByAdamQState, first_state, packed_of, state_specs
 from stquant_jax.engine.state_checks import check_arrays, check_policy, check_state
-from stquant_jax.precision import Budget, Policy, PrecisionState, Sums
+from stquant_jax.precision import Budget, Policy, PrecisionState
 from stquant_jax.precision.policy import storable
-from stquant_jax.precision.statistics import INTERVAL, aged
+from stquant_jax.precision.statistics import INTERVAL, ageing
 from stquant_jax.precision.tally import add
 from stquant_jax.rules.adam import Adam, AdamScalars
 from stquant_jax.rules.apply import Apply, apply_exact
@@ -212,11 +212,12 @@ def _update(
     packed = packed_of(state)
     schedule = resumed(state.precision, layout, precision)
     plan = schedule.plan
-    quantized, packed, sums = backend_step(
-        layout, storage, rule, scalars, count, quantized, packed, plan, to_quantized
-    )
     # Numbers known at compile time, or not: in the programs of some shardings they would be folded.
     decays = jnp.where(count > 0, scalars.b1, 0), jnp.where(count > 0, scalars.b2, 0)
+    weights = ageing(decays, count)
+    quantized, packed, sums = backend_step(
+        layout, storage, rule, scalars, count, quantized, packed, plan, weights, to_quantized
+    )
     packed, schedule = _refresh(layout, storage, precision, decays, count, packed, sums, schedule)
     exact, moments = _update_exact(
         layout, storage, rule, scalars, count, exact, state.exact, to_exact
@@ -232,7 +233,7 @@ def _refresh(
     decays: tuple[jax.Array, jax.Array],
     count: jax.Array,
     packed: rows.Packed,
-    sums: Sums,
+    sums: jax.Array,
     state: PrecisionState,
 ) -> tuple[rows.Packed, PrecisionState]:
     """Statistics are tallied. Every ``interval`` steps the tally is taken into what is observed,
@@ -241,10 +242,8 @@ def _refresh(
     """
     if not layout.quantized:
         return packed, state
-    tiles, axes = tuple(leaf.tiles for leaf in layout.quantized), layout.axes
-    sums = aged(sums, decays, count)
-    tally = add(state.tally, sums, decays, tiles, counted_leaves(layout))
-    state = state._replace(tally=tally)
+    axes = layout.axes
+    state = state._replace(tally=add(state.tally, sums, decays, counted_leaves(layout)))
     due = count % (precision.interval or INTERVAL) == 0
     if precision.interval is None:
         observe = partial(PrecisionState.renewed, count=count, axes=axes)

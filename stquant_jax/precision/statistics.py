@@ -98,10 +98,12 @@ def nothing_observed(leaves: int) -> Observed:
     )
 
 
-def aged(sums: Sums, decays: tuple, count: jax.Array) -> Sums:
-    """Sums of step ``count`` as they are averaged: nu's injections fall as 1/n(t) while it is
-    young, so they are taken as what they are to be in the end."""
-    return sums._replace(nu_error=sums.nu_error * _filled(decays[1], count))
+def ageing(decays: tuple, count: jax.Array) -> jax.Array:
+    """float32[statistics]: factors of the sums of step ``count`` as they are averaged. nu's
+    injections fall as 1/n(t) while it is young, so they are taken as what they are to be in the
+    end."""
+    factors = Sums(*[jnp.float32(1)] * len(Sums._fields))
+    return jnp.stack(factors._replace(nu_error=_filled(decays[1], count)))
 
 
 def observe(
@@ -116,7 +118,7 @@ def observe(
 
     Args:
       old: as it was ``steps`` steps ago.
-      sums: float32[leaves], of one step: the mean of what `aged` made of each.
+      sums: float32[leaves], of one step: the mean of each, times its factor of `ageing`.
       steps: int32[], how many; of none there is nothing new.
       nu_widths: int32[leaves].
       decays: of mu and nu, at the last step.

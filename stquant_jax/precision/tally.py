@@ -21,6 +21,7 @@ from stquant_jax.precision.statistics import Sums
 DIGITS = 8
 BITS = 16  # of a digit
 UNIT = -80  # exponent of the lowest
+MOST = 2.0**24  # that a tile adds to a sum
 _TOP = 2**BITS - 1
 _ADDENDS = 2**BITS - 1  # tiles between two carries
 _BLOCK = 32  # tiles that are added up regardless of leaves
@@ -56,24 +57,15 @@ def nothing_tallied(leaves: int) -> Tally:
     )
 
 
-def add(
-    tally: Tally,
-    sums: Sums,
-    decays: tuple,
-    tiles: tuple[int, ...],
-    counted: jax.Array | None = None,
-) -> Tally:
+def add(tally: Tally, new: jax.Array, decays: tuple, counted: jax.Array | None = None) -> Tally:
     """One step more, of the tiles that are here.
 
     Args:
       tally: of this device, uint16[1, statistics, leaves, 8].
-      sums: float32[tiles] of each statistic, at least 0. What is below 2**-80 is dropped, what is
-        above 2**24 counts as that, NaN as 0.
+      new: uint32[8, statistics, leaves], digits of each leaf's sums.
       decays: of mu and nu.
-      tiles: how many of them each leaf has here, in their order.
       counted: bool[leaves], False where another device adds the same tiles; None where none does.
     """
-    new = _leaf_sums(jnp.stack(sums), tiles)
     if counted is not None:
         new = jnp.where(counted, new, jnp.uint32(0))
     old = jnp.moveaxis(tally.digits[0], -1, 0).astype(jnp.uint32)
@@ -117,8 +109,25 @@ def scattered(tally: Tally, axes: tuple[str, ...]) -> Tally:
     return tally._replace(digits=jnp.where(first, tally.digits, jnp.uint16(0)))
 
 
-def _leaf_sums(x: jax.Array, tiles: tuple[int, ...]) -> jax.Array:
-    """float32[statistics, tiles] -> uint32[8, statistics, leaves], digits below 2**16."""
+def no_sums(leaves: int) -> jax.Array:
+    """Digits of sums to which nothing was added, uint32[8, statistics, leaves]."""
+    return jnp.zeros((DIGITS, len(Sums._fields), leaves), jnp.uint32)
+
+
+def joined(digits: jax.Array, sums: jax.Array) -> jax.Array:
+    """The digits of a leaf, uint32[8, statistics], with the sums of some more of its tiles, at most
+    2**15 of them, float32[statistics, tiles]."""
+    return _carried(digits + jnp.sum(_digits(sums), axis=-1, dtype=jnp.uint32))
+
+
+def by_leaf(x: jax.Array, tiles: tuple[int, ...]) -> jax.Array:
+    """Digits of each leaf's sums, uint32[8, statistics, leaves], all below 2**16.
+
+    Args:
+      x: float32[statistics, tiles], at least 0. What is below 2**-80 is dropped, what is above
+        2**24 counts as that, NaN as 0.
+      tiles: how many of them each leaf has, in their order.
+    """
     pieces = [
         (leaf, min(_ADDENDS, n - start))
         for leaf, n in enumerate(tiles)

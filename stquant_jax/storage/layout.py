@@ -153,10 +153,14 @@ class Layout:
         return sum(leaf.tiles for leaf in self.quantized)
 
     @cached_property
+    def tiles_of_leaves(self) -> tuple[int, ...]:
+        """Of each quantized leaf."""
+        return tuple(leaf.tiles for leaf in self.quantized)
+
+    @cached_property
     def first_tile(self) -> tuple[int, ...]:
         """Where each quantized leaf's tiles begin."""
-        counts = [leaf.tiles for leaf in self.quantized]
-        return tuple(int(n) for n in np.cumsum([0, *counts[:-1]])) if counts else ()
+        return tuple(int(n) for n in np.cumsum([0, *self.tiles_of_leaves])[:-1])
 
     @property
     def exact_size(self) -> int:
