@@ -67,7 +67,8 @@ def lattice(
     """
     size = to_float(jnp.uint32(1) << width.astype(jnp.uint32))
     pull, length = shrinkage * (1.0 - left**_YOUNG), shrinkage * (1.0 - left**_SHORTLY)
-    return Lattice(window.astype(jnp.float32) / size, size - 1.0, pull, 1.0 - _SHORT * length)
+    octaves = jnp.maximum(window, 1).astype(jnp.float32)  # none where there are no codes
+    return Lattice(octaves / size, size - 1.0, pull, 1.0 - _SHORT * length)
 
 
 # --- the formulas ---
@@ -125,7 +126,9 @@ def part_of(v: jax.Array, growth: Growth) -> jax.Array:
     return jnp.where(growth.now > 0, v * growth.now, 0.0)
 
 
-def row_step(now: jax.Array, before: jax.Array, dither: jax.Array, coded: bool = True) -> jax.Array:
+def row_step(
+    now: jax.Array, before: jax.Array, dither: jax.Array, coded: bool | jax.Array = True
+) -> jax.Array:
     """Steps by which a row follows its elements, from the sums of their parts over the lanes.
 
     As in iterative proportional fitting, of which it is a step: a row's elements together grow as
@@ -136,7 +139,7 @@ def row_step(now: jax.Array, before: jax.Array, dither: jax.Array, coded: bool =
     here = before > 0
     ratio = jnp.maximum(now, TINY) / jnp.where(here, before, 1.0)
     octaves = 0.5 * log2(jnp.clip(ratio, TINY, 2.0**126))
-    move = jnp.floor((0.5 if coded else dither) - octaves * ROW_PER_OCTAVE)
+    move = jnp.floor(jnp.where(coded, 0.5, dither) - octaves * ROW_PER_OCTAVE)
     return jnp.where(here, jnp.clip(move, -float(ROW_LAST), float(ROW_LAST)), 0.0)
 
 

@@ -127,7 +127,8 @@ def encode_second(
     hold = ops.hold
     energy, count = group_sum(v, ops), group_sum(valid, ops)
     growth = grown(energy, count, group_sum(old.shape, ops), ops)
-    coded = old.codes is not None
+    # Where lattices are by tile, some may have no codes: theirs are zero.
+    coded = old.codes is not None and lat.last > 0
     now = hold(part_of(v, growth))
     before: Any = None
     if old.shape.shape[-1] == 1:  # no codes, no padding: elements of a row were alike
@@ -137,8 +138,9 @@ def encode_second(
         lanes = over_lanes(before)
     of_row = dither[..., :1]
     moved = row + row_step(over_lanes(now), lanes, of_row, coded)
-    if coded:
-        moved += _centring(old.codes, valid, count, growth.presence, round_row, lat, of_row, ops)
+    if old.codes is not None:
+        step = _centring(old.codes, valid, count, growth.presence, round_row, lat, of_row, ops)
+        moved += jnp.where(coded, step, 0.0)
     first = valid[..., :1]  # of the tile's groups; where tiles only align it has no elements
     lowest = -group_max(jnp.where(first > 0, -moved, -float(ROW_LAST)), ops)
     moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
@@ -150,19 +152,23 @@ def encode_second(
     share = hold(root * root / jnp.maximum(of_rows, TINY))
 
     codes = None
-    if coded:
+    if old.codes is not None:
         codes = hold(stepped(old.codes, now, before, down, lat, dither))
         codes = jnp.minimum(codes - hold(group_min(codes, ops)), last_code(growth, lat))
         codes = hold(to_code(codes))
         root = hold(root_of(codes, lat) * root)
     scale, rounded = base_of(energy, group_sum(root * root * valid, ops), growth, coin)
     inverse_base = hold(exp2(-rounded))
+    inverse_root = inverse_base * inverse
+    if codes is not None:
+        by_codes = inverse_base / root
+        inverse_root = by_codes if lat.last.ndim == 0 else jnp.where(coded, by_codes, inverse_root)
     return SecondCode(
         codes=codes,
         scale=scale,
         row=row,
         v_used=shrunk(v, growth.mean, share, lat),
-        inverse_root=inverse_base * inverse if codes is None else inverse_base / root,
+        inverse_root=inverse_root,
         presence=growth.presence,
         mean=growth.mean,
         share=share,

@@ -26,6 +26,7 @@ class Storage:
     backend: str | None = None
     interpret: Any = False
     seed: int = 0
+    scratch_bytes: int = 2**28
 
     def __post_init__(self):
         for name, lowest in (("min_size", 0), ("row_alignment", 1), ("seed", 0)):
