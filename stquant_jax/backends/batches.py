@@ -34,7 +34,7 @@ from stquant_jax.storage.tiling import from_tiles, to_tiles
 
 # Float32 blocks that are in memory at the same time; counted in compiled programs.
 _LIVE = 8
-_NOWHERE = 2**31 - 1  # a row that no array has
+_NOWHERE = 2**30  # a row that no array has
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ def step(
     offsets, widths = rows.offsets(plan.widths, layout), plan.widths
     numbers = slot_numbers(plan, scalars, count)
     ragged = any(leaf.ragged for leaf in layout.quantized)
-    ops = Ops(lax.optimization_barrier)
+    ops = Ops()
     element = jnp.arange(GROUP, dtype=jnp.uint32)[None, :, None]
     rounds = np.array([apply is not None and apply.rounds(p) for p in (apply.params if apply else grads)])
     out = list(grads if apply is None else apply.params)
-    sums = []
+    sums, done = [], 0
     for batch in Batch.all_of(layout, max(1, storage.scratch_bytes // (4 * TILE * _LIVE))):
         leaf, tile = batch.leaf, batch.tile
 
@@ -179,16 +179,14 @@ def step(
 
         there = jnp.asarray(tile < np.array(layout.tiles_of_leaves)[leaf])
 
-        def planes_of(slot, leaf=leaf, tile=tile, there=there):
-            """Rows of the arena, int32[8, size]."""
+        def rows_of(slot, leaf=leaf, tile=tile, there=there):
+            """Of the arena, int32[8, size]."""
             plane = jnp.arange(PLANES, dtype=jnp.int32)[:, None]
             row = offsets[2 * leaf + slot] + plane * table.tiles[leaf] + tile
             return jnp.where((plane < widths[2 * leaf + slot]) & there, row, _NOWHERE)
 
-        where = [planes_of(slot) for slot in (0, 1)]
-        # One batch after the other, or XLA lays out the gradients of all of them first.
-        grads, packed, out = lax.optimization_barrier((grads, packed, out))
-        words = [_get(packed.arena, at) for at in where]
+        where = [rows_of(slot) for slot in (0, 1)]
+        words = [_get(packed.arena, at + done) for at in where]
         old = Codes(
             planes.unpack(words[0]),
             planes.unpack(words[1]),
@@ -215,10 +213,18 @@ def step(
                 near = stochastic(result, rounding_bits(keys, group, element)).astype(jnp.float32)
                 result = jnp.where(of_tile(rounds), near, result)
         out = batch.taken(out, result)
-        sums.append(lane_sum(jnp.stack(terms))[:, : batch.stop - batch.start])
+        sums.append(jnp.sum(jnp.stack(terms), (-2, -1))[:, : batch.stop - batch.start])
         arena = packed.arena
         for at, codes in zip(where, (new.mu, new.nu), strict=True):
             arena = _set(arena, at, planes.pack(codes))
+        # One batch after the other, or they are in memory at the same time: the next one's rows
+        # depend on what is written of this one, in steps that never come.
+        here = [out[i] for i, *_ in batch.parts]
+        *here, sums[-1] = lax.optimization_barrier([*here, sums[-1]])
+        for (i, *_), x in zip(batch.parts, here, strict=True):
+            out[i] = x
+        written = [x.reshape(-1)[-1].astype(jnp.int32) for x in (*here, sums[-1])]
+        done = jnp.where(count < 0, sum(written), 0)
         packed = rows.Packed(
             arena,
             batch.put(packed.mu_scale, new.mu_scale[:, 0]),
