@@ -1,8 +1,9 @@
 """Backends: the same fused step on different hardware. A named one runs or raises the reason.
 
-"xla" runs everywhere; "pallas_tpu" and "pallas_gpu" are kernels, imported when they are used. Left
-to the library, the platform of `jax.default_backend()` decides, and a program that is lowered for
-another platform after all gets the XLA loop there.
+"xla" and "xla_gpu" run everywhere, and are made for processors and for GPUs without our kernels;
+"pallas_tpu" and "pallas_gpu" are kernels, imported when they are used. Left to the library, the
+platform of `jax.default_backend()` decides, and a program that is lowered for another platform
+after all gets the XLA loop there.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import jax
 from stquant_jax.backends import xla
 from stquant_jax.storage.settings import Storage
 
-_ALIGNMENT = {"xla": 1, "pallas_tpu": 8, "pallas_gpu": 1}
-_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # of a platform
-_LOWERED = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}  # by `jax.lax.platform_dependent`'s names
+_ALIGNMENT = {"xla": 1, "xla_gpu": 1, "pallas_tpu": 8, "pallas_gpu": 1}
+# Of a platform: the best first.
+_CHOICE = {"tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla_gpu"), "cpu": ("xla",)}
+# By the names of `jax.lax.platform_dependent`.
+_LOWERED = {"pallas_tpu": ("tpu",), "pallas_gpu": ("cuda",), "xla_gpu": ("cuda", "rocm")}
 
 
 def settle(storage: Storage) -> Storage:
@@ -52,7 +55,7 @@ def resolve(storage: Storage) -> Callable:
         name = _best()
         if name == "xla":
             return xla.step(*args)
-        kernels = {_LOWERED[name]: lambda: _step_of(name)(*args)}
+        kernels = dict.fromkeys(_LOWERED[name], lambda: _step_of(name)(*args))
         return jax.lax.platform_dependent(**kernels, default=lambda: xla.step(*args))
 
     return step
@@ -64,10 +67,8 @@ def _step_of(name: str | None) -> Callable:
 
 def _best() -> str:
     """The backend for the default platform."""
-    name = _KERNELS.get(jax.default_backend(), "xla")
-    if name == "xla" or _obstacle(name) or (name == "pallas_gpu" and _too_old()):
-        return "xla"
-    return name
+    names = _CHOICE.get(jax.default_backend(), ("xla",))
+    return next(name for name in names if not _obstacle(name) and not _too_old(name))
 
 
 def _obstacle(name: str) -> str | None:
@@ -77,7 +78,12 @@ def _obstacle(name: str) -> str | None:
     return None
 
 
-def _too_old() -> bool:
+def _too_old(name: str) -> bool:
     """The default GPU has no warpgroups, which the kernels are made of (before Hopper)."""
+    if name != "pallas_gpu":
+        return False
     capability = getattr(jax.devices()[0], "compute_capability", "0")
-    return float(capability) < 9.0
+    try:
+        return float(capability) < 9.0
+    except ValueError:  # AMD's have a name
+        return True

@@ -14,11 +14,13 @@ class Storage:
       min_size: leaves of fewer elements (by their global shape) stay exact float32.
       row_alignment: rows of the arena that belong together: each leaf's tiles are padded to a
         multiple. None is what the backend needs, 8 for "pallas_tpu" and 1 for the others.
-      backend: "xla", "pallas_tpu", "pallas_gpu", or None for the best one that can run here. A
-        named backend runs or raises.
+      backend: "xla", "xla_gpu", "pallas_tpu", "pallas_gpu", or None for the best one that can run
+        here. A named backend runs or raises.
       interpret: run the kernels of a Pallas backend on the CPU, slowly, to test and debug them:
         True, or the interpreter's parameters (`pltpu.InterpretParams`, `plgpu.InterpretGPUParams`).
       seed: of the stochastic rounding; the same seed gives the same bits.
+      scratch_bytes: about as much memory as the "xla_gpu" backend may take for its temporaries.
+        With less of it a step has more operations, each on fewer elements.
     """
 
     min_size: int = TILE
@@ -29,7 +31,12 @@ class Storage:
     scratch_bytes: int = 2**28
 
     def __post_init__(self):
-        for name, lowest in (("min_size", 0), ("row_alignment", 1), ("seed", 0)):
+        for name, lowest in (
+            ("min_size", 0),
+            ("row_alignment", 1),
+            ("seed", 0),
+            ("scratch_bytes", 1),
+        ):
             value = getattr(self, name)
             if name == "row_alignment" and value is None:
                 continue
@@ -39,10 +46,10 @@ class Storage:
                 )
         if self.seed >= 2**32:
             raise ValueError(f"Storage(seed={self.seed}): expected an integer below 2**32")
-        if self.backend not in (None, "xla", "pallas_tpu", "pallas_gpu"):
+        if self.backend not in (None, "xla", "xla_gpu", "pallas_tpu", "pallas_gpu"):
             raise ValueError(
-                f"Storage(backend={self.backend!r}): expected None, 'xla', 'pallas_tpu' or "
-                "'pallas_gpu'"
+                f"Storage(backend={self.backend!r}): expected None, 'xla', 'xla_gpu', 'pallas_tpu' "
+                "or 'pallas_gpu'"
             )
         if not isinstance(self.interpret, bool) and not hasattr(self.interpret, "detect_races"):
             raise ValueError(

@@ -18,7 +18,7 @@ from jax import lax
 
 from stquant_jax.backends.block import Codes, slot_numbers, update_block
 from stquant_jax.backends.loops import Table
-from stquant_jax.codecs import Ops, lane_sum
+from stquant_jax.codecs import Ops
 from stquant_jax.precision import Plan
 from stquant_jax.precision.tally import by_leaf, no_sums
 from stquant_jax.rules.adam import Adam, AdamScalars
@@ -32,9 +32,9 @@ from stquant_jax.storage.planes import GROUP, LANES, PLANES, TILE
 from stquant_jax.storage.settings import Storage
 from stquant_jax.storage.tiling import from_tiles, to_tiles
 
-# Float32 blocks that are in memory at the same time; counted in compiled programs.
+# Blocks of float32 that are in memory at the same time, counted in programs compiled for GPUs.
 _LIVE = 8
-_NOWHERE = 2**30  # a row that no array has
+_NOWHERE = 2**30  # a row that no array has, to which tiles can be added
 
 
 @dataclass(frozen=True)
@@ -163,74 +163,80 @@ def step(
     if not layout.quantized:
         return [], packed, no_sums(0)
     table = Table.of(layout)
+    tiles_of_leaves = np.array(layout.tiles_of_leaves)
     offsets, widths = rows.offsets(plan.widths, layout), plan.widths
     numbers = slot_numbers(plan, scalars, count)
     ragged = any(leaf.ragged for leaf in layout.quantized)
-    ops = Ops()
     element = jnp.arange(GROUP, dtype=jnp.uint32)[None, :, None]
-    rounds = np.array([apply is not None and apply.rounds(p) for p in (apply.params if apply else grads)])
+    rounds = np.array([apply.rounds(p) for p in apply.params] if apply else [], bool)
     out = list(grads if apply is None else apply.params)
-    sums, done = [], 0
-    for batch in Batch.all_of(layout, max(1, storage.scratch_bytes // (4 * TILE * _LIVE))):
-        leaf, tile = batch.leaf, batch.tile
 
-        def of_tile(x, leaf=leaf):
+    def update_batch(batch: Batch, turn: jax.Array, out: list[jax.Array], packed: rows.Packed):
+        """Leaves and what is stored, with a batch in them, and its sums."""
+        leaf, tile = batch.leaf, batch.tile
+        there = jnp.asarray(tile < tiles_of_leaves[leaf])
+
+        def by_tile(x):
             return x if isinstance(x, int) else x[leaf][:, None, None]
 
-        there = jnp.asarray(tile < np.array(layout.tiles_of_leaves)[leaf])
-
-        def rows_of(slot, leaf=leaf, tile=tile, there=there):
+        def rows_of(slot):
             """Of the arena, int32[8, size]."""
             plane = jnp.arange(PLANES, dtype=jnp.int32)[:, None]
             row = offsets[2 * leaf + slot] + plane * table.tiles[leaf] + tile
             return jnp.where((plane < widths[2 * leaf + slot]) & there, row, _NOWHERE)
 
         where = [rows_of(slot) for slot in (0, 1)]
-        words = [_get(packed.arena, at + done) for at in where]
+        mu, nu = (planes.unpack(_get(packed.arena, at + turn)) for at in where)
         old = Codes(
-            planes.unpack(words[0]),
-            planes.unpack(words[1]),
+            mu,
+            nu,
             batch.of(packed.mu_scale)[:, None].astype(jnp.uint32),
             batch.of(packed.nu_scale)[:, None].astype(jnp.uint32),
             batch.of(packed.nu_row.reshape(-1, GROUP))[..., None].astype(jnp.uint32),
         )
-        place = jax.tree.map(of_tile, table.places)
         lane = jnp.arange(LANES, dtype=jnp.int32)[None, None]
-        group, left = place.of_lanes(tile[:, None, None], lane)
+        place = jax.tree.map(by_tile, table.places)
+        group, left = place.of_lanes(jnp.asarray(tile)[:, None, None], lane)
         valid = jnp.ones((1, GROUP, 1), jnp.float32)
         if ragged:
             valid = (element.astype(jnp.int32) < left).astype(jnp.float32)
-        keys = keys_of(storage.seed, of_tile(np.arange(len(layout.quantized))), count)
+        keys = keys_of(storage.seed, jnp.asarray(leaf)[:, None, None], count)
         g = batch.tiles_of(out if apply is None else grads)
-        lev, lat = jax.tree.map(of_tile, numbers)
+        lev, lat = jax.tree.map(by_tile, numbers)
         noise = Dither(keys, group, element)
         result, new, terms = update_block(
-            rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, ops
+            rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops()
         )
         if apply is not None:
-            result = apply_block(batch.tiles_of(out), result, apply.rate, of_tile(apply.decay))
+            decay = by_tile(apply.decay)
+            result = apply_block(batch.tiles_of(out), result, apply.rate, decay)
             if rounds.any():
-                near = stochastic(result, rounding_bits(keys, group, element)).astype(jnp.float32)
-                result = jnp.where(of_tile(rounds), near, result)
-        out = batch.taken(out, result)
-        sums.append(jnp.sum(jnp.stack(terms), (-2, -1))[:, : batch.stop - batch.start])
+                near = stochastic(result, rounding_bits(keys, group, element))
+                result = jnp.where(by_tile(rounds), near.astype(jnp.float32), result)
         arena = packed.arena
         for at, codes in zip(where, (new.mu, new.nu), strict=True):
             arena = _set(arena, at, planes.pack(codes))
-        # One batch after the other, or they are in memory at the same time: the next one's rows
-        # depend on what is written of this one, in steps that never come.
-        here = [out[i] for i, *_ in batch.parts]
-        *here, sums[-1] = lax.optimization_barrier([*here, sums[-1]])
-        for (i, *_), x in zip(batch.parts, here, strict=True):
-            out[i] = x
-        written = [x.reshape(-1)[-1].astype(jnp.int32) for x in (*here, sums[-1])]
-        done = jnp.where(count < 0, sum(written), 0)
         packed = rows.Packed(
             arena,
             batch.put(packed.mu_scale, new.mu_scale[:, 0]),
             batch.put(packed.nu_scale, new.nu_scale[:, 0]),
             batch.put(packed.nu_row.reshape(-1, GROUP), new.nu_row[..., 0]).reshape(-1),
         )
+        sums = jnp.sum(jnp.stack(terms), (-2, -1))[:, : batch.stop - batch.start]
+        return batch.taken(out, result), packed, sums
+
+    sums, turn = [], jnp.int32(0)
+    for batch in Batch.all_of(layout, max(1, storage.scratch_bytes // (4 * TILE * _LIVE))):
+        out, packed, new = update_batch(batch, turn, out, packed)
+        # One after the other, or XLA has several in memory at the same time: the rows that the next
+        # one reads depend on what this one has written, in steps that never come.
+        touched = [i for i, *_ in batch.parts]
+        *written, new = lax.optimization_barrier([*(out[i] for i in touched), new])
+        for i, x in zip(touched, written, strict=True):
+            out[i] = x
+        ends = [x.reshape(-1)[-1].astype(jnp.int32) for x in (*written, new)]
+        turn = jnp.where(count < 0, sum(ends), 0)
+        sums.append(new)
     sums = jnp.concatenate(sums, axis=1) * weights[:, None]
     return out, packed, by_leaf(sums, layout.tiles_of_leaves)
 
