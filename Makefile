@@ -34,7 +34,7 @@ docs: $(VENV)/docs.installed
 # A large download, 700 MB on disk, by which `make test` also compiles for TPUs.
 aot: $(VENV)/aot.installed
 
-# The GPU kernels through Nvidia's assembler, without a GPU; Python 3.12 at least. CUDA=DIR has the
+# The GPU kernels through Nvidia's assembler, and the XLA backend for GPUs, without one; Python 3.12 at least. CUDA=DIR has the
 # plugin already.
 CUDA ?= build/cuda
 ptxas: $(VENV)/benchmarks.installed
@@ -42,6 +42,7 @@ ptxas: $(VENV)/benchmarks.installed
 	    $(BIN)/pip install --quiet --no-deps --target $(CUDA) jax-cuda13-plugin==$$jax \
 	    jax-cuda13-pjrt==$$jax nvidia-cuda-nvcc nvidia-cuda-nvdisasm; }
 	$(BIN)/python -m benchmarks.gpu.ptxas $(CUDA)
+	$(BIN)/python -m benchmarks.gpu.xla $(CUDA)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check

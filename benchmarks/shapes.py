@@ -75,8 +75,15 @@ def gpt2() -> Shapes:
     }
 
 
+def stacked() -> Shapes:
+    """GPT-2 small's blocks as a scan over layers has them: each leaf of all blocks is one array."""
+    first = block("h")
+    return {path: (LAYERS, *shape) for path, shape in first.items()}
+
+
 SETS: dict[str, Shapes] = {
     "gpt2": gpt2(),
+    "gpt2-stacked": stacked(),
     "gpt2-2blocks": blocks(2),
     "gpt2-block": blocks(1),
     "vit-b16": vit(),

@@ -215,18 +215,22 @@ def measure(name: str) -> dict[str, Any]:
     return record
 
 
+def surroundings(site: Path) -> dict[str, str]:
+    """Variables of a process that is to find the plugin and its tools."""
+    tools = next(site.glob("nvidia/*/bin"))
+    paths = (str(site), os.environ.get("PYTHONPATH", ""))
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PATH": os.pathsep.join((str(tools), os.environ["PATH"])),
+    }
+
+
 def child(site: Path, name: str) -> dict[str, Any]:
     """`measure`, with the plugin and its tools."""
-    tools = next(site.glob("nvidia/*/bin"))
     with tempfile.TemporaryDirectory() as dump:
-        paths = (str(site), os.environ.get("PYTHONPATH", ""))
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "PATH": os.pathsep.join((str(tools), os.environ["PATH"])),
-            "MOSAIC_GPU_DUMP_TO": dump,
-            "MOSAIC_GPU_DUMP_PTXAS": "1",
-        }
+        dumps = {"MOSAIC_GPU_DUMP_TO": dump, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        environment = os.environ | surroundings(site) | dumps
         record = Path(dump) / "record.json"
         command = [sys.executable, "-m", "benchmarks.gpu.ptxas", str(site), "--of", name]
         subprocess.run([*command, "--json", str(record)], env=environment, check=True)
