@@ -122,6 +122,26 @@ def step() -> str:
     return _steps("step.json")
 
 
+def xla_gpu() -> str:
+    """What XLA makes of its backend for GPUs, without one."""
+    record = _io.read_json(_io.RESULTS / "xla_gpu.json")
+    body = [
+        [
+            row["card"],
+            f"{row['scratch_bytes'] >> 20}",
+            *(str(row[key]) for key in ("kernels", "exact", "copies", "waits")),
+            f"{row['bytes_per_element']:.0f}",
+            f"{row['milliseconds']:.1f}",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+            f"{row['compile_seconds']:.0f}",
+        ]
+        for row in record["results"]
+    ]
+    header = ["card", "scratch MiB", "kernels", "exact", "copies", "waits", "bytes an element"]
+    header += ["ms", "temporaries MiB", "compile s"]
+    return _table(header, body) + _source(record)
+
+
 def _steps(name: str) -> str:
     record = _io.read_json(_io.RESULTS / name)
     body = [
@@ -134,7 +154,7 @@ def _steps(name: str) -> str:
             f"{row['ratio']:.2f}",
         ]
         for row in record["results"]
-        if row["shapes"] == "gpt2" or row["precision"] in ("budget 5.0", "mu 5 nu 0")
+        if row["shapes"] == "gpt2" or row["precision"] in ("budget 5.0", "budget 3.0", "mu 5 nu 0")
     ]
     header = ["shapes", "cores", "precision", "ns per element", "Optax fp32", "ratio"]
     return _table(header, body) + _source(record)
@@ -501,6 +521,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "estimates": estimates,
     "step_in_place": step_in_place,
     "step": step,
+    "xla_gpu": xla_gpu,
     "profile": profile,
     "policy": policy,
     "compile": compile_,

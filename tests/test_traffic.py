@@ -66,9 +66,8 @@ def test_float32_adam():
 
 
 def test_backends_move_no_less():
-    for backend in traffic.BACKENDS:
-        for dtypes in ((4, None), (2, None), (4, 4), (2, 2), (2, 4)):
-            assert traffic.extra_bytes(backend, *dtypes) > 0
+    extra = {backend: traffic.extra_bytes(backend) for backend in traffic.BACKENDS}
+    assert extra["xla"] == 0 and min(extra["pallas_tpu"], extra["pallas_gpu"]) > 0
     with pytest.raises(ValueError, match="backend='gpu'"):
         traffic.extra_bytes("gpu")
 

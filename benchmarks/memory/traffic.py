@@ -49,23 +49,18 @@ def step_bytes(stored: float, gradient: float = 4, param: float | None = None) -
     return 2 * stored + gradient + (gradient if param is None else 2 * param)
 
 
-def extra_bytes(backend: str, gradient: float = 4, param: float | None = None) -> float:
+def extra_bytes(backend: str) -> float:
     """Bytes per element that a backend moves beside `step_bytes`, for a leaf of whole tiles.
 
-    * XLA: gradients are laid out tile by tile in a buffer, the loop overwrites it with updates, and
-      these are laid out as the leaf, or what lay there before: seven times a gradient is read or
-      written, not twice. The buffer is float32 where updates are applied. What the loop carries
-      from one operation to the next is a chunk at a time, in cache.
+    * XLA: nothing. What the loop carries from one operation to the next is a chunk at a time, in
+      cache.
     * TPU: rows of nu are bytes in the state and int32 in the kernel; XLA converts them before and
       after.
-    * All: up to 16 statistics of each tile are written, and tallied by XLA.
+    * Both kernels: up to 16 statistics of each tile are written, and tallied by XLA.
     """
     statistics = 2 * 16 * 4 / TILE
     if backend == "xla":
-        if param is None:
-            return 5 * gradient + statistics
-        buffer = (gradient + 4) + (4 + 4) + (4 + 2 * param) - (gradient + 2 * param)
-        return buffer + statistics
+        return 0.0
     if backend == "pallas_tpu":
         return (2 * (1 + 4) + 2 * 4 - 2 * 1) * GROUP / TILE + statistics
     if backend == "pallas_gpu":
@@ -98,7 +93,7 @@ def bytes_table() -> str:
     body = []
     for bits, gradient, param in _cases():
         least = step_bytes(stored_all_in(bits), gradient, param)
-        moved = [least + extra_bytes(backend, gradient, param) for backend in BACKENDS]
+        moved = [least + extra_bytes(backend) for backend in BACKENDS]
         adam = step_bytes(ADAM, gradient, param)
         what = "update" if param is None else "update applied"
         numbers = [f"{x:.3f}" for x in (least, *moved, adam)]

@@ -40,9 +40,9 @@ LIBRARY = str(Path(stquant.__file__).parent)
 
 # What the library's functions are called in a profile; any other goes by its own name.
 STAGES = {
-    "to_tiles": "layout of gradients",
-    "from_tiles": "layout of updates",
-    "put": "write updates and scales",
+    **dict.fromkeys(("read", "to_tiles", "load", "lay"), "read leaves"),
+    **dict.fromkeys(("write", "from_tiles", "unload", "take"), "write leaves"),
+    "put": "write scales",
     "read_planes": "read planes",
     "write_planes": "write planes",
     "decode_second": "decode nu",
@@ -69,8 +69,8 @@ STAGES = {
 }
 # Functions that only hold others: what is theirs alone goes by these names.
 HOLDERS = dict.fromkeys(("update", "fused_update", "step", "call", "local", "_update"), "set-up")
-LOOPS = ("update_leaf", "over_tiles", "update_chunk", "update_block")
-LOOPS += ("update_wave", "load", "lay", "unload", "take", "finish", "_in_place_if")
+LOOPS = ("update_bucket", "update_leaf", "over_tiles", "body", "update_chunk", "compute")
+LOOPS += ("update_block", "in_place_if", "once", "in_place_at", "ask")
 HOLDERS |= dict.fromkeys(LOOPS, "loop control")
 NAMELESS = "other ops of XLA's own"  # without source line
 XLAS_OWN = {"copy": "copies of XLA's own", "broadcast": "fills of XLA's own"}
