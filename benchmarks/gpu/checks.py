@@ -15,7 +15,7 @@ from benchmarks.gpu.setting import ONE_TILE, Setting, Tree, gaussian, unequal
 from benchmarks.shapes import SETS, Shapes
 from stquant_jax.storage.arena import ROW_BYTES
 
-BACKENDS = ("pallas_gpu", "xla")
+BACKENDS = ("pallas_gpu", "xla_gpu")
 BUDGET = stquant.Budget(5.0, interval=None)
 STORED = ("arena", "mu_scale", "nu_scale", "nu_row")
 # Every way that a leaf reaches its kernel: groups along the rows and along the columns with ragged
@@ -59,7 +59,7 @@ def _difference(a: jax.Array, b: jax.Array) -> float:
 
 
 def parity(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Each step from the same state in both backends, XLA's on the same device.
+    """Each step from the same state in both backends for GPUs, on the same device.
 
     The interpreter gives XLA's bits. A GPU may round products and approximate divisions otherwise,
     so that a code next to a boundary falls on its other side. Largest over the steps: shares of

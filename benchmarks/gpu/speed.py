@@ -164,7 +164,7 @@ def contenders(setting: Setting, shapes: str) -> Iterator[Callable[[], Contender
         yield lambda: half(kernels()())
         yield lambda: half(kernels(kind="fused")())
         yield kernels(stquant.Budget(5.0))  # moves bits every 100 steps, under a condition
-        yield kernels(backend="xla")
+        yield kernels(backend="xla_gpu")
 
 
 def half(contender: Contender) -> Contender:
