@@ -122,6 +122,20 @@ def step() -> str:
     return _steps("step.json")
 
 
+def step_peers() -> str:
+    """AdamW steps of other libraries on a CPU, beside ours."""
+    record = _io.read_json(_io.RESULTS / "step_peers.json")
+    told: dict[str, dict[int, str]] = {}
+    for row in record["results"]:
+        name = f"{row['name']}, {row['version']}" if "version" in row else row["name"]
+        ns = row.get("ns_per_element")
+        told.setdefault(name, {})[row["cores"]] = "failed" if ns is None else f"{ns:.1f}"
+        if "optax" in row:
+            told.setdefault("optax.adamw", {})[row["cores"]] = f"{row['optax']:.1f}"
+    body = [[name, *(ns.get(cores, "") for cores in (1, 2))] for name, ns in told.items()]
+    return _table(["AdamW, ns per element", "1 core", "2 cores"], body) + _source(record)
+
+
 def xla_gpu() -> str:
     """What XLA makes of its backend for GPUs, without one."""
     record = _io.read_json(_io.RESULTS / "xla_gpu.json")
@@ -521,6 +535,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "estimates": estimates,
     "step_in_place": step_in_place,
     "step": step,
+    "step_peers": step_peers,
     "xla_gpu": xla_gpu,
     "profile": profile,
     "policy": policy,
