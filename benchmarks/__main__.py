@@ -44,6 +44,7 @@ BENCHMARKS = (
     ),
     Benchmark("codec.fuzz", "random runs against float64", "--minutes; tests"),
     Benchmark("speed.step", "time of an update", "minutes", ("step", "profile")),
+    Benchmark("speed.peers", "the same of PyTorch's optimizers", "minutes", ("step_peers",)),
     Benchmark("speed.policy", "time of a decision and of a repack", "minutes", ("policy",)),
     Benchmark("speed.compile", "what XLA makes of an update", "minutes", ("compile",)),
     Benchmark(
@@ -62,6 +63,12 @@ BENCHMARKS = (
         "what Nvidia's assembler makes of them",
         "minutes; `make ptxas` brings the assembler",
         ("arithmetic",),
+    ),
+    Benchmark(
+        "gpu.xla",
+        "what XLA makes of its backend for GPUs",
+        "minutes; `make ptxas` brings the compiler",
+        ("xla_gpu",),
     ),
     Benchmark("first_page", "the README's picture and table", "seconds", ("first_page",)),
     Benchmark("tables", "writes all tables from the JSON", "seconds"),

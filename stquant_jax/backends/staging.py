@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stquant_jax.backends.loops import holder, in_place_if
+from stquant_jax.backends.loops import chunk_of, holder, in_place_if
 from stquant_jax.backends.windows import has_windows
 from stquant_jax.storage.layout import Layout
 from stquant_jax.storage.planes import GROUP, LANES
@@ -64,9 +64,9 @@ class Staging:
 
     @property
     def tiles(self) -> int:
-        """Of the buffer."""
-        quantized = self.layout.quantized
-        return max((sum(quantized[i].tiles for i in b) for b in self.buckets), default=0)
+        """Of the buffer: those of a bucket, and no fewer than a chunk has."""
+        tiles = self.layout.tiles_of_leaves
+        return max([chunk_of(self.layout), *(sum(tiles[i] for i in b) for b in self.buckets)])
 
     def buffer(self) -> jax.Array:
         return lax.empty((self.tiles, GROUP, LANES), jnp.float32)

@@ -139,7 +139,10 @@ def row_step(
     here = before > 0
     ratio = jnp.maximum(now, TINY) / jnp.where(here, before, 1.0)
     octaves = 0.5 * log2(jnp.clip(ratio, TINY, 2.0**126))
-    move = jnp.floor(jnp.where(coded, 0.5, dither) - octaves * ROW_PER_OCTAVE)
+    rounding = (
+        (0.5 if coded else dither) if isinstance(coded, bool) else jnp.where(coded, 0.5, dither)
+    )
+    move = jnp.floor(rounding - octaves * ROW_PER_OCTAVE)
     return jnp.where(here, jnp.clip(move, -float(ROW_LAST), float(ROW_LAST)), 0.0)
 
 

@@ -127,8 +127,9 @@ def encode_second(
     hold = ops.hold
     energy, count = group_sum(v, ops), group_sum(valid, ops)
     growth = grown(energy, count, group_sum(old.shape, ops), ops)
-    # Where lattices are by tile, some may have no codes: theirs are zero.
-    coded = old.codes is not None and lat.last > 0
+    # Where lattices are by tile, some have no codes: zeros are there in their place.
+    by_tile = lat.last.ndim > 0
+    coded = old.codes is not None and (lat.last > 0 if by_tile else True)
     now = hold(part_of(v, growth))
     before: Any = None
     if old.shape.shape[-1] == 1:  # no codes, no padding: elements of a row were alike
@@ -140,7 +141,7 @@ def encode_second(
     moved = row + row_step(over_lanes(now), lanes, of_row, coded)
     if old.codes is not None:
         step = _centring(old.codes, valid, count, growth.presence, round_row, lat, of_row, ops)
-        moved += jnp.where(coded, step, 0.0)
+        moved += jnp.where(coded, step, 0.0) if by_tile else step
     first = valid[..., :1]  # of the tile's groups; where tiles only align it has no elements
     lowest = -group_max(jnp.where(first > 0, -moved, -float(ROW_LAST)), ops)
     moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
@@ -162,7 +163,7 @@ def encode_second(
     inverse_root = inverse_base * inverse
     if codes is not None:
         by_codes = inverse_base / root
-        inverse_root = by_codes if lat.last.ndim == 0 else jnp.where(coded, by_codes, inverse_root)
+        inverse_root = jnp.where(coded, by_codes, inverse_root) if by_tile else by_codes
     return SecondCode(
         codes=codes,
         scale=scale,
