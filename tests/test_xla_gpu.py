@@ -32,34 +32,43 @@ def test_batches(shapes, size, alignment):
     found = Batch.all_of(layout, size)
     tiles = [(i, t) for batch in found for i, a, b in batch.parts for t in range(a, b)]
     assert tiles == [(i, t) for i, x in enumerate(layout.quantized) for t in range(x.tiles)]
-    columns = [x.bands if x.kind == "tiled" else x.tiles for x in layout.quantized]
+    columns = [
+        x.bands + x.tiles - x.filled if x.kind == "tiled" else x.tiles for x in layout.quantized
+    ]
     for batch in found:
         assert batch.size == found[0].size <= max(size, *columns)
         there = batch.tile < np.array(layout.tiles_of_leaves)[batch.leaf]
         assert there.sum() == batch.stop - batch.start and len(there) == batch.size
 
 
-@pytest.mark.parametrize("shape", [(64, 1000), (1000, 64), (2, 32, 600), (60, 640)])
-def test_parts(shape):
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("shape", [(64, 1000), (1000, 64), (2, 32, 600), (60, 640), (96, 1100)])
+def test_parts(shape, alignment):
     """Some columns of a leaf's tiles are read and written where they lie."""
-    (leaf,) = layout_of([jax.ShapeDtypeStruct(shape, jnp.float32)], stquant.Storage()).quantized
+    tree = [jax.ShapeDtypeStruct(shape, jnp.float32)]
+    layout = layout_of(tree, stquant.Storage(row_alignment=alignment))
+    (leaf,) = layout.quantized
     x = np.arange(leaf.size, dtype=np.float32).reshape(shape)
     want, got = to_tiles(x, leaf), jnp.zeros(shape)
-    step = 2 * leaf.bands
-    for start in range(0, leaf.tiles, step):
-        part = Part.of(leaf, start, min(start + step, leaf.tiles))
+    parts = [Part.of(leaf, *ends) for b in Batch.all_of(layout, 5) for _, *ends in b.parts]
+    assert len(parts) > 1
+    at = 0
+    for part in parts:
         tiles = to_tiles(part.read(x), part.leaf)
-        np.testing.assert_array_equal(tiles, want[start : start + step])
+        np.testing.assert_array_equal(tiles, want[at : at + len(tiles)])
         got = part.write(got, from_tiles(tiles, part.leaf))
+        at += len(tiles)
     np.testing.assert_array_equal(got, x)
+    assert at == leaf.tiles
 
 
-def test_scratch():
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_scratch(alignment):
     """Codes do not depend on how many batches there are."""
     shapes = {"a": (256, 380), "b": (300, 256), "folded": (160, 64), "flat": (9, 40, 36)}
     results = []
     for scratch in (2**28, 2**20):
-        storage = stquant.Storage(backend="xla_gpu", scratch_bytes=scratch)
+        storage = stquant.Storage(backend="xla_gpu", scratch_bytes=scratch, row_alignment=alignment)
         tx = stquant.scale_by_adam_q(precision=stquant.Fixed(5, 4), storage=storage)
         update, state = jax.jit(tx.update), tx.init(common.zeros(shapes))
         for seed in range(3):

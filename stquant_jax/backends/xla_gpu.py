@@ -51,9 +51,10 @@ class Batch:
         """Of at most so many tiles, or as one leaf has that cannot be divided."""
         cuts = [0]
         for leaf, first in zip(layout.quantized, layout.first_tile, strict=True):
-            column = leaf.bands if leaf.kind == "tiled" else leaf.tiles
-            for start in range(0, leaf.tiles, column):
-                if first + min(start + column, leaf.tiles) - cuts[-1] > size:
+            # Tiles that only align belong to the last column.
+            starts = range(0, leaf.filled, leaf.bands) if leaf.kind == "tiled" else [0]
+            for start, stop in itertools.pairwise([*starts, leaf.tiles]):
+                if first + stop - cuts[-1] > size:
                     cuts.append(first + start)
         cuts = sorted({*cuts, layout.tiles})
         size = max(b - a for a, b in itertools.pairwise(cuts))
