@@ -16,8 +16,7 @@ from stquant_jax.backends import windows
 from stquant_jax.backends.loops import in_place_at, in_place_if, put
 from stquant_jax.backends.staging import Small, Staging
 from stquant_jax.codecs import Hold
-from stquant_jax.rules.apply import Apply, apply_block
-from stquant_jax.rules.rounding import stochastic
+from stquant_jax.rules.apply import Apply, apply_wide
 from stquant_jax.storage.layout import Layout
 
 
@@ -48,8 +47,8 @@ class Chunks:
         self._source = jnp.array([source.get(i, last) for i in every], jnp.int32)
         self._first = jnp.array([self._staging.first_tile.get(i, 0) for i in every], jnp.int32)
         self._bands = jnp.array([leaf.bands for leaf in self._leaves], jnp.int32)
-        rounds = [] if apply is None else [apply.rounds(p) for p in apply.params]
-        self._rounds, self.rounded = jnp.array(rounds), any(rounds)
+        rounded = apply.rounded if apply else []
+        self._rounds, self.rounded = jnp.array(rounded), any(rounded)
 
     def divided(self) -> tuple[Arrays, Small]:
         """What is updated: large leaves and buffers, and small leaves by their index."""
@@ -77,9 +76,15 @@ class Chunks:
             return small
         return self._staging.unload(bucket - 1, small, arrays.staged[-1])
 
-    def read(self, leaf: jax.Array, tile: jax.Array, size: int, arrays: Arrays) -> list[jax.Array]:
+    def spot(self, leaf: jax.Array, tile: jax.Array) -> windows.Spot:
+        """Where a chunk of a leaf is that begins with this tile."""
+        return windows.Spot.of(tile, self._bands[leaf])
+
+    def read(
+        self, leaf: jax.Array, spot: windows.Spot, size: int, arrays: Arrays
+    ) -> list[jax.Array]:
         """A chunk of the gradient, and of the parameter: float32[size, 32, 128]."""
-        spot, at = windows.Spot.of(tile, self._bands[leaf]), self._first[leaf] + tile
+        at = self._first[leaf] + spot.tile
 
         def direct(n, i):
             here = [arrays.direct[n]] if self._apply is None else [self._grads[i], arrays.direct[n]]
@@ -96,18 +101,14 @@ class Chunks:
     def applied(
         self, leaf: jax.Array, p: jax.Array, update: jax.Array, bits: jax.Array | None
     ) -> jax.Array:
-        """A chunk of new parameters: in float32, but such as their dtype holds where they are
-        rounded by ``bits``."""
+        """A chunk of new parameters, as of `apply_wide`."""
         assert self._apply is not None
-        new = apply_block(p, update, self._apply.rate, self._apply.decay[leaf])
-        if bits is None:
-            return new
-        return jnp.where(self._rounds[leaf], stochastic(new, bits).astype(jnp.float32), new)
+        rate, decay = self._apply.rate, self._apply.decay[leaf]
+        return apply_wide(p, update, rate, decay, self._rounds[leaf], bits)
 
-    def write(self, leaf: jax.Array, tile: jax.Array, new: jax.Array, arrays: Arrays) -> Arrays:
+    def write(self, leaf: jax.Array, spot: windows.Spot, new: jax.Array, arrays: Arrays) -> Arrays:
         """With a chunk of updates, or parameters."""
-        spot, at = windows.Spot.of(tile, self._bands[leaf]), self._first[leaf] + tile
-        source, which = self._source[leaf], self._staging.direct
+        at, source, which = self._first[leaf] + spot.tile, self._source[leaf], self._staging.direct
 
         def one(n, x):
             return windows.write(x, self._leaves[which[n]], spot, new, self._hold)

@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
     @classmethod
     def of(cls, layout: Layout) -> "Table":
-        columns = [leaf.tiles for leaf in layout.quantized], layout.first_tile
+        columns = layout.tiles_of_leaves, layout.first_tile
         tiles, first = (jnp.asarray(np.array(x, np.int32)) for x in columns)
         return cls(places_of(layout.quantized), tiles, first)
 

@@ -28,7 +28,6 @@ from stquant_jax.storage.planes import GROUP, PLANES
 from stquant_jax.storage.settings import Storage
 
 _SALT = 0x7C15  # of the seed: other numbers than those of the step
-_NOWHERE = 2**31 - 1  # a row that no array has
 
 
 def repack(
@@ -55,7 +54,7 @@ class Tiles(NamedTuple):
     def rows(self, offset, width):
         plane, there = jnp.arange(PLANES, dtype=jnp.int32)[:, None], self.there[None]
         stored = (plane < width) & (there < self.stride)
-        return jnp.where(stored, offset + plane * self.stride + there, _NOWHERE)
+        return jnp.where(stored, offset + plane * self.stride + there, rows.NOWHERE)
 
 
 def _over_slots(layout: Layout, changed: jax.Array, body: Callable[[Tiles, Any], Any], carry: Any):
@@ -73,14 +72,6 @@ def _over_slots(layout: Layout, changed: jax.Array, body: Callable[[Tiles, Any],
     return lax.fori_loop(0, ends[-1], of, carry)
 
 
-def _get(x, at):
-    return x.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
-def _set(x, at, values):
-    return x.at[at].set(values.astype(x.dtype), mode="drop", wrap_negative_indices=False)
-
-
 def _shrink(layout, storage, count, packed, old, narrow, windows, hold):
     table = Table.of(layout)
     offsets = rows.offsets(old.widths, layout)
@@ -92,14 +83,14 @@ def _shrink(layout, storage, count, packed, old, narrow, windows, hold):
     def body(tiles, packed):
         slot = tiles.slot
         leaf = slot // 2
-        at = jnp.where(tiles.there < tiles.stride, table.first[leaf] + tiles.there, _NOWHERE)
+        at = jnp.where(tiles.there < tiles.stride, table.first[leaf] + tiles.there, rows.NOWHERE)
         where = tiles.rows(offsets[slot], old.widths[slot])
         read, mu_scale, nu_scale, nu_row = hold(
             (
-                _get(packed.arena, where),
-                _get(packed.mu_scale, at),
-                _get(packed.nu_scale, at),
-                _get(packed.nu_row.reshape(-1, GROUP), at),
+                rows.gather_rows(packed.arena, where),
+                rows.gather_rows(packed.mu_scale, at),
+                rows.gather_rows(packed.nu_scale, at),
+                rows.gather_rows(packed.nu_row.reshape(-1, GROUP), at),
             )
         )
         codes = planes.unpack(read)
@@ -129,9 +120,9 @@ def _shrink(layout, storage, count, packed, old, narrow, windows, hold):
         )
         scale = scale[:, 0]
         return packed._replace(
-            arena=_set(packed.arena, where, hold(planes.pack(codes))),
-            mu_scale=_set(packed.mu_scale, jnp.where(is_mu, at, _NOWHERE), scale),
-            nu_scale=_set(packed.nu_scale, jnp.where(is_mu, _NOWHERE, at), scale),
+            arena=rows.scatter_rows(packed.arena, where, hold(planes.pack(codes))),
+            mu_scale=rows.scatter_rows(packed.mu_scale, jnp.where(is_mu, at, rows.NOWHERE), scale),
+            nu_scale=rows.scatter_rows(packed.nu_scale, jnp.where(is_mu, rows.NOWHERE, at), scale),
         )
 
     return _over_slots(layout, changed, body, packed)
@@ -169,8 +160,8 @@ def _grow(arena, layout, narrow, new, hold):
     def body(tiles, arena):
         slot = tiles.slot
         where = [tiles.rows(offsets[slot], width[slot]) for width in (narrow, new)]
-        codes = planes.unpack(hold(_get(arena, where[0])))
+        codes = planes.unpack(hold(rows.gather_rows(arena, where[0])))
         codes = to_code(to_float(codes) * ratio[slot] + offset[slot])
-        return _set(arena, where[1], hold(planes.pack(codes)))
+        return rows.scatter_rows(arena, where[1], hold(planes.pack(codes)))
 
     return _over_slots(layout, new > narrow, body, arena)

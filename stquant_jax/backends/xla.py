@@ -124,9 +124,10 @@ def step(
         return result, stored, lane_sum(hold(jnp.stack(terms)))
 
     def update_chunk(chunk: Chunk, b: Buffers) -> Buffers:
-        leaf, tile, at, spans, old = chunk.leaf, chunk.tile, chunk.at, chunk.spans, b.packed
+        leaf, at, spans, old = chunk.leaf, chunk.at, chunk.spans, b.packed
+        spot = chunks.spot(leaf, chunk.tile)
         # All that is read of the buffers is read here, before anything is written.
-        inputs = chunks.read(leaf, tile, chunk.size, b.arrays)
+        inputs = chunks.read(leaf, spot, chunk.size, b.arrays)
         # Where nu has no codes it is another, shorter program.
         coded = spans[1].width > 0
         make = partial(compute, chunk, old, inputs)
@@ -142,7 +143,7 @@ def step(
             put(old.nu_scale, new.nu_scale, at),
             put(old.nu_row, new.nu_row, at * GROUP),
         )
-        arrays = chunks.write(leaf, tile, result, b.arrays)
+        arrays = chunks.write(leaf, spot, result, b.arrays)
         return Buffers(arrays, packed, joined(b.sums, sums * weights[:, None]))
 
     def update_leaf(i: jax.Array, carry: tuple) -> tuple:

@@ -22,8 +22,7 @@ from stquant_jax.codecs import Ops
 from stquant_jax.precision import Plan
 from stquant_jax.precision.tally import by_leaf, no_sums
 from stquant_jax.rules.adam import Adam, AdamScalars
-from stquant_jax.rules.apply import Apply, apply_block
-from stquant_jax.rules.rounding import stochastic
+from stquant_jax.rules.apply import Apply, apply_wide
 from stquant_jax.storage import arena as rows
 from stquant_jax.storage import planes
 from stquant_jax.storage.layout import Layout, Leaf
@@ -34,7 +33,6 @@ from stquant_jax.storage.tiling import from_tiles, to_tiles
 
 # Blocks of float32 that are in memory at the same time, counted in programs compiled for GPUs.
 _LIVE = 8
-_NOWHERE = 2**30  # a row that no array has, to which tiles can be added
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def step(
     numbers = slot_numbers(plan, scalars, count)
     ragged = any(leaf.ragged for leaf in layout.quantized)
     element = jnp.arange(GROUP, dtype=jnp.uint32)[None, :, None]
-    rounds = np.array([apply.rounds(p) for p in apply.params] if apply else [], bool)
+    rounds = jnp.array(apply.rounded if apply else [])
     out = list(grads if apply is None else apply.params)
 
     def update_batch(batch: Batch, turn: jax.Array, out: list[jax.Array], packed: rows.Packed):
@@ -181,13 +179,14 @@ def step(
             return x if isinstance(x, int) else x[leaf][:, None, None]
 
         def rows_of(slot):
-            """Of the arena, int32[8, size]."""
+            """Of the arena, int32[8, size]: all different, those of no row too."""
             plane = jnp.arange(PLANES, dtype=jnp.int32)[:, None]
             row = offsets[2 * leaf + slot] + plane * table.tiles[leaf] + tile
-            return jnp.where((plane < widths[2 * leaf + slot]) & there, row, _NOWHERE)
+            none = rows.NOWHERE + plane * batch.size + np.arange(batch.size, dtype=np.int32)
+            return jnp.where((plane < widths[2 * leaf + slot]) & there, row, none)
 
         where = [rows_of(slot) for slot in (0, 1)]
-        mu, nu = (planes.unpack(_get(packed.arena, at + turn)) for at in where)
+        mu, nu = (planes.unpack(rows.gather_rows(packed.arena, at + turn)) for at in where)
         old = Codes(
             mu,
             nu,
@@ -195,12 +194,8 @@ def step(
             batch.of(packed.nu_scale)[:, None].astype(jnp.uint32),
             batch.of(packed.nu_row.reshape(-1, GROUP))[..., None].astype(jnp.uint32),
         )
-        lane = jnp.arange(LANES, dtype=jnp.int32)[None, None]
         place = jax.tree.map(by_tile, table.places)
-        group, left = place.of_lanes(jnp.asarray(tile)[:, None, None], lane)
-        valid = jnp.ones((1, GROUP, 1), jnp.float32)
-        if ragged:
-            valid = (element.astype(jnp.int32) < left).astype(jnp.float32)
+        group, valid = place.of_each(jnp.asarray(tile)[:, None, None], ragged)
         keys = keys_of(storage.seed, jnp.asarray(leaf)[:, None, None], count)
         g = batch.tiles_of(out if apply is None else grads)
         lev, lat = jax.tree.map(by_tile, numbers)
@@ -209,14 +204,12 @@ def step(
             rule, scalars, g, old, valid, lev, lat, noise, count % GROUP, Ops()
         )
         if apply is not None:
-            decay = by_tile(apply.decay)
-            result = apply_block(batch.tiles_of(out), result, apply.rate, decay)
-            if rounds.any():
-                near = stochastic(result, rounding_bits(keys, group, element))
-                result = jnp.where(by_tile(rounds), near.astype(jnp.float32), result)
+            bits = rounding_bits(keys, group, element) if any(apply.rounded) else None
+            p, decay, rounded = batch.tiles_of(out), by_tile(apply.decay), by_tile(rounds)
+            result = apply_wide(p, result, apply.rate, decay, rounded, bits)
         arena = packed.arena
         for at, codes in zip(where, (new.mu, new.nu), strict=True):
-            arena = _set(arena, at, planes.pack(codes))
+            arena = rows.scatter_rows(arena, at, planes.pack(codes), unique=True)
         packed = rows.Packed(
             arena,
             batch.put(packed.mu_scale, new.mu_scale[:, 0]),
@@ -240,11 +233,3 @@ def step(
         sums.append(new)
     sums = jnp.concatenate(sums, axis=1) * weights[:, None]
     return out, packed, by_leaf(sums, layout.tiles_of_leaves)
-
-
-def _get(x: jax.Array, at: jax.Array) -> jax.Array:
-    return x.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
-def _set(x: jax.Array, at: jax.Array, values: jax.Array) -> jax.Array:
-    return x.at[at].set(values, mode="drop", unique_indices=True, wrap_negative_indices=False)

@@ -47,6 +47,11 @@ class Apply(NamedTuple):
         """Whether a leaf needs the bits of `rounding_bits`."""
         return self.stochastic and param.dtype == jnp.bfloat16
 
+    @property
+    def rounded(self) -> list[bool]:
+        """The same of each leaf."""
+        return [self.rounds(param) for param in self.params]
+
 
 def apply_block(
     p: jax.Array, u: jax.Array, rate: jax.Array, decay: jax.Array, bits: jax.Array | None = None
@@ -63,6 +68,20 @@ def apply_block(
     # Where nothing decays, a parameter that is infinite stays so: 0 times infinity is not a number.
     new = wide + rate * (u + jnp.where(decay == 0, 0.0, decay * wide))
     return new.astype(p.dtype) if bits is None else stochastic(new, bits)
+
+
+def apply_wide(
+    p: jax.Array,
+    u: jax.Array,
+    rate: jax.Array,
+    decay: jax.Array,
+    rounds: jax.Array,
+    bits: jax.Array | None,
+) -> jax.Array:
+    """`apply_block` where parameters of several dtypes are float32: so is the result, but such as
+    bfloat16 holds where it ``rounds`` by the bits, which are None if nothing does."""
+    new = apply_block(p, u, rate, decay)
+    return new if bits is None else jnp.where(rounds, stochastic(new, bits).astype(p.dtype), new)
 
 
 def apply_quantized(
@@ -89,7 +108,7 @@ def apply_leaf(
     if apply.rounds(p):
         leaf = layout.quantized[index]
         place = Place.of(leaf, start_of(leaf.cut))
-        # From tile 0 on, which XLA does not know: positions alone it would hash before a loop.
+        # From tile 0 on, which XLA does not know: or it may hash positions when it compiles.
         group, _ = place.of_tiles((count < 1).astype(jnp.int32), leaf.tiles, ragged=False)
         element = jnp.arange(GROUP, dtype=jnp.uint32)[None, :, None]
         keys = keys_of(storage.seed, jnp.int32(index), count)

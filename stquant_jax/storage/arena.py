@@ -29,7 +29,7 @@ TILE_SCALE_BYTES = LANES * (1 + 2) + GROUP  # a scale of mu and of nu per group,
 
 def slot_tiles(layout: Layout) -> np.ndarray:
     """int32[slots]: tiles of each slot, which are also the rows of one bit of width."""
-    return np.repeat(np.array([leaf.tiles for leaf in layout.quantized], np.int32), len(MOMENTS))
+    return np.repeat(np.array(layout.tiles_of_leaves, np.int32), len(MOMENTS))
 
 
 def offsets(widths: jax.Array, layout: Layout) -> jax.Array:
@@ -85,6 +85,23 @@ class Packed(NamedTuple):
     mu_scale: jax.Array  # uint8[tiles, 128]
     nu_scale: jax.Array  # uint16[tiles, 128]
     nu_row: jax.Array  # uint8[tiles * 32]
+
+
+NOWHERE = 2**30  # no array has such a row, nor one above
+
+
+def gather_rows(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Rows of these indices, int32 of any shape; zero where there is none."""
+    return x.at[at].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+def scatter_rows(
+    x: jax.Array, at: jax.Array, rows: jax.Array, *, unique: bool = False
+) -> jax.Array:
+    """``x`` with rows of these indices; dropped where there is none. With ``unique`` all indices
+    differ, those of no row too."""
+    rows, to = rows.astype(x.dtype), x.at[at]
+    return to.set(rows, mode="drop", unique_indices=unique, wrap_negative_indices=False)
 
 
 class Span(NamedTuple):

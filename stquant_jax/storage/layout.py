@@ -150,7 +150,7 @@ class Layout:
 
     @cached_property
     def tiles(self) -> int:
-        return sum(leaf.tiles for leaf in self.quantized)
+        return sum(self.tiles_of_leaves)
 
     @cached_property
     def tiles_of_leaves(self) -> tuple[int, ...]:

@@ -50,13 +50,16 @@ class Place(NamedTuple):
         return cls(*(wrapped(x) if isinstance(x, int) else x for x in numbers))
 
     def of_tiles(self, tile: jax.Array, size: int, ragged: bool) -> tuple[jax.Array, jax.Array]:
-        """Group index uint32[size, 1, 128] in the leaf, and 1 for elements, 0 for padding,
-        float32[size, 32, 128].
+        """`of_each` of consecutive tiles."""
+        return self.of_each(tile + jnp.arange(size, dtype=jnp.int32)[:, None, None], ragged)
+
+    def of_each(self, tiles: jax.Array, ragged: bool) -> tuple[jax.Array, jax.Array]:
+        """Of tiles int32[size, 1, 1]: group index uint32[size, 1, 128] in the leaf, and 1 for
+        elements, 0 for padding, float32[size, 32, 128].
 
         Where no leaf is ragged the latter is a constant: groups are either full or, at the end of
         the lanes, all padding, which reads as a group of zeros.
         """
-        tiles = tile + jnp.arange(size, dtype=jnp.int32)[:, None, None]
         group, left = self.of_lanes(tiles, jnp.arange(LANES, dtype=jnp.int32)[None, None])
         if not ragged:
             return group, jnp.ones((1, GROUP, 1), jnp.float32)

@@ -110,7 +110,7 @@ class StoreLayout:
         if not self.slots:
             one = jnp.zeros((1, 1), jnp.uint32)
             return Store(one, one.astype(jnp.uint16), jnp.zeros((1,), jnp.uint8))
-        tiles = np.array([leaf.tiles for leaf in self.layout.quantized], int)
+        tiles = np.array(self.layout.tiles_of_leaves, int)
         height, unsigned = (int(np.sum(tiles * x)) for x in (self.widths, self.unsigned))
         return Store(
             jnp.zeros((max(1, height), LANES), jnp.uint32),
