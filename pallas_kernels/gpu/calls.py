@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import floor
 from pallas_kernels.gpu.geometry import Geometry, Scratch
+from pallas_kernels.gpu.instructions import ensure_floor
 from pallas_kernels.gpu.kernel import Terms, update_tile
 from pallas_kernels.gpu.lanes import COMPILER_PARAMS
 from pallas_kernels.leaves import SUMS, Tables, leaf_of, matrix_of
@@ -79,7 +79,7 @@ def update(
       Updates, or new parameters where they are applied; what is stored; and for each leaf the
       statistics of its tiles, float32[tiles, 16].
     """
-    floor.ensure()
+    ensure_floor()
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
     results, sums = [], []

@@ -1,15 +1,4 @@
-"""Reductions over the 32 elements of a group, each thread its own group, element by element.
-
-A scale must not depend on the backend, so sums are made in the order of `codecs.group_sum`, by
-halves: first x[i] + x[i + 16], then 8, 4, 2, 1 apart. With r the low three bits of i that is
-
-    t[r] = (x[r] + x[r + 16]) + (x[r + 8] + x[r + 24]),
-    ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7])),
-
-three nested loops of two over the bits of r, the lowest outermost. The four elements of an r are
-independent of one another, which is what fills the pipelines, and they are the four bytes of one
-word of codes.
-"""
+"""Reductions: of a group, which is a thread's own, and of all rows of a tile, over its lanes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.gpu.lanes import meet, vector
+from stquant_jax.storage.planes import GROUP, LANES
 
 QUARTERS = (0, 1, 2, 3)  # elements r, r + 8, r + 16, r + 24
 _WORDS = 8
+# Of a block whose rows are summed: [32, 4, 33], where lane l is at [:, l // 32, l % 32]. The
+# thread that owns lane l finds it there, and so does a thread that owns a quarter of a row: neither
+# reads a bank of shared memory that another one of its warp reads.
+BLOCK = GROUP, 4, LANES // 4 + 1
+# Where partial sums are exchanged.
+PARTS = LANES, 4
 
 Values = tuple[jax.Array, ...]
 Combine = Callable[[Any, Any], Any]
@@ -40,11 +39,40 @@ def fold(
     def combine(a: Values, b: Values) -> Values:
         return tuple(f(x, y) for f, x, y in zip(combines, a, b, strict=True))
 
-    def level(bit: int, r: jax.Array) -> Values:
-        if bit == _WORDS:
-            x = of_word(r)
-            return combine(combine(x[0], x[2]), combine(x[1], x[3]))
-        bits = jnp.int32(0), jnp.int32(2)
-        return lax.fori_loop(*bits, lambda j, c: combine(c, level(2 * bit, r + bit * j)), start)
+    def step(r: jax.Array, so_far: Values) -> Values:
+        x = of_word(r)
+        return combine(so_far, combine(combine(x[0], x[2]), combine(x[1], x[3])))
 
-    return level(1, jnp.int32(0))
+    return lax.fori_loop(0, _WORDS, step, start)
+
+
+def read(block: Any, i: jax.Array | int) -> jax.Array:
+    """Row i of a `BLOCK`, [128]."""
+    return vector(block[i, :, pl.ds(0, LANES // 4)].reshape(LANES))
+
+
+def write(block: Any, i: jax.Array | int, x: jax.Array) -> None:
+    block[i, :, pl.ds(0, LANES // 4)] = x.reshape(4, LANES // 4)
+
+
+def sums_of_rows(blocks: Sequence[Any], parts: Sequence[Any]) -> list[jax.Array]:
+    """Sums over the lanes: of row i in lane i of a vector, whose other lanes hold anything.
+
+    A sum of one row over all threads takes some thirty instructions of each; here every thread adds
+    a quarter of a row, and those that come of it are exchanged once.
+
+    Args:
+      blocks: references to float32 `BLOCK`s; all threads have met since they were written.
+      parts: for each a reference to float32 `PARTS`.
+    """
+
+    def add(j, sums):
+        return [s + vector(x[:, :, j].reshape(LANES)) for s, x in zip(sums, blocks, strict=True)]
+
+    sums = lax.fori_loop(0, LANES // 4, add, [vector(0.0)] * len(blocks))
+    for x, part in zip(sums, parts, strict=True):
+        part[pl.ds(0, GROUP), :] = x.reshape(GROUP, 4)
+    meet()
+    told = [(p[:, 0] + p[:, 1]) + (p[:, 2] + p[:, 3]) for p in parts]
+    meet()
+    return told

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.folding import BLOCK, PARTS
 from pallas_kernels.gpu.windows import ALIGNMENT, Window
 from stquant_jax.rules.adam import Adam
 from stquant_jax.storage.layout import Leaf
@@ -62,12 +63,15 @@ class Scratch(NamedTuple):
 
     gradients: Any
     out: Any  # in the memory of the gradients, unless the rule asks for both at once
-    mu: Any  # float32[32, 128]: mu, then mu over sigma
-    v: Any  # float32[32, 128]
-    codes: Any  # float32[32, 128]: the tile's rows in one; nu's new codes; roots over the base
-    mu_words: Any  # uint32[8, 128]; while mu is decoded, numbers of the tile's rows: `Tile.rows`
+    mu: Any  # float32[32, 128]: mu, then mu over roots
+    v: Any  # `BLOCK`: v, then its parts of the groups' energies
+    shapes: Any  # `BLOCK`: old roots squared, the same for these; nu's new codes
+    roots: Any  # float32[128]: of the tile's old rows
+    row_codes: Any  # uint8[128], 32 of them used: the rows, before and after, in their place
+    mu_words: Any  # uint32[8, 128]
+    of_rows: Any  # float32[4, 128]: numbers of the tile's rows; this and parts while mu is decoded
+    parts: Any  # two of `PARTS`
     nu_words: Any  # uint32[8, 128]
-    row_codes: Any  # uint8[128], 32 of them used
     arrived: Any  # barrier of gradients and rows
     params_arrived: Any  # barrier
 
@@ -79,12 +83,15 @@ class Scratch(NamedTuple):
             held: Any = (gradients,)
         else:
             held = (gradients, out) if _both(geometry) else plgpu.RefUnion(gradients, out)
-        block = plgpu.SMEM((GROUP, LANES), jnp.float32)
-        word = plgpu.SMEM((PLANES, LANES), jnp.uint32)
+        words, f32 = plgpu.SMEM((PLANES, LANES), jnp.uint32), jnp.float32
+        parts = plgpu.SMEM(PARTS, f32)
         return (
             held,
-            *(block, block, block, word, word),
-            plgpu.SMEM((LANES,), jnp.uint8),
+            plgpu.SMEM((GROUP, LANES), f32),
+            plgpu.SMEM((2, *BLOCK), f32),  # in one: every array has whole kilobytes
+            plgpu.RefUnion(plgpu.SMEM((LANES,), f32), plgpu.SMEM((LANES,), jnp.uint8)),
+            plgpu.RefUnion(words, plgpu.SMEM((4, LANES), f32), [parts, parts]),
+            words,
             plgpu.Barrier(num_arrivals=geometry.gradients.copies + 1),
             plgpu.Barrier(num_arrivals=geometry.out.copies),
         )
@@ -93,7 +100,8 @@ class Scratch(NamedTuple):
     def of(cls, held: Any, *others: Any) -> "Scratch":
         """From references to what `types` lists."""
         held = tuple(held)
-        return cls(held[0], held[-1], *others)
+        mu, blocks, rows, words, *rest = others
+        return cls(held[0], held[-1], mu, blocks.at[0], blocks.at[1], *rows, *words, *rest)
 
 
 def _both(geometry: Geometry) -> bool:

@@ -1,17 +1,20 @@
 """The update of one tile: one warpgroup, thread t owning lane t, the group whose codes are word t
 of every plane.
 
-A group needs six reductions, each of which the next formula waits for, so a tile is gone over in
-five passes over its 32 elements, in three where nu has no codes; a row needs one, over the lanes.
-What passes share is kept in shared memory, in four arrays [32, 128], few enough for three tiles on
-a processor; what they can compute again from it they do. The formulas are those of
-`stquant_jax.codecs`, here of vectors of 128 lanes: elementwise ones element by element, ones of a
-group once.
+A group needs seven reductions, most of which the next formula waits for, so a tile is gone over in
+five passes over its 32 elements, in four where nu has no codes; between the second and the third
+its rows are summed over the lanes. What passes share is kept in shared memory, in three blocks [32,
+128], few enough for three tiles on a processor; what they can compute again from it they do. The
+formulas are those of `stquant_jax.codecs`, here of vectors of 128 lanes: elementwise ones element
+by element, ones of a group once.
+
+mu is divided by roots before the base of its group is known, which is a factor of all of them and
+comes in with the gain.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import words
-from pallas_kernels.gpu.folding import QUARTERS, fold
+from pallas_kernels.gpu.folding import QUARTERS, fold, read, sums_of_rows, write
 from pallas_kernels.gpu.geometry import Geometry, Scratch
+from pallas_kernels.gpu.instructions import SPECIAL
 from pallas_kernels.gpu.lanes import lane_index, meet, vector
-from pallas_kernels.leaves import Scalars
-from stquant_jax.codecs import Second, decode_first, decoded_second, error_of
+from pallas_kernels.leaves import SUMS, Scalars
+from stquant_jax.codecs import Lattice, Second, decode_first, decoded_second, error_of
 from stquant_jax.codecs.first import gain_of, length_of, quantized
 from stquant_jax.codecs.lattices import (
     ROW_LAST,
@@ -36,10 +40,10 @@ from stquant_jax.codecs.lattices import (
     grown,
     last_code,
     part_of,
+    pull,
     root_of,
     root_of_row,
     row_step,
-    shrunk,
     stepped,
 )
 from stquant_jax.rules.apply import apply_block
@@ -49,8 +53,9 @@ from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
 from stquant_jax.storage.planes import GROUP, LANES
 
 Terms = Callable[..., Sequence[jax.Array]]
+MOST = 2.0**127
 PROGRAMS = True, False  # with codes of nu and without; `benchmarks.gpu.ptxas` counts one at a time
-OLD, DOWN, ROOT, INVERSE, SHARE = range(5)  # numbers of a tile's rows, for `Tile.rows`
+DOWN, ROOT, INVERSE, SHARE = range(4)  # numbers of a tile's rows, for `Tile.rows`
 
 
 def update_tile(
@@ -80,20 +85,41 @@ def _update_tile(coded, geometry, terms, s, gradients, out, sums, stored, scratc
     tile.fetch(gradients)
     energy, before, codes = tile.accumulate()
     growth = grown(energy, tile.size, before)
+    tile.take_parts(growth)
     tile.move_rows(growth, codes)
     tile.fetch_params(out)
-    decoded = tile.code_second(growth)
-    nu_scale, rounded = base_of(energy, decoded, growth, tile.coins.nu_coin)
-    inverse_base = exp2(-rounded)
-    sample = tile.sample(growth, inverse_base)
-    largest, length = tile.direct(growth, inverse_base)
+    group = Group.of(growth, energy, tile.step_codes() if coded else None, s.lat)
+    decoded, largest = tile.direct(group)
+    nu_scale, octaves = base_of(energy, decoded, growth, tile.coins.nu_coin)
+    inverse_base = exp2(-octaves)
+    gain = gain_of(largest * inverse_base, s.lev)
+    sample = tile.sample(group, inverse_base, gain)
     tile.store(out)
-    gain = gain_of(largest, s.lev)
-    decoded = tile.code_first(gain)
+    true, decoded = tile.code_first(jnp.minimum(gain * inverse_base, MOST))
+    length = SPECIAL.divide(true, gain * gain)
     mu_scale = length_of(length, decoded, growth.presence, tile.coins.mu_coin)
     tile.write(mu_scale, nu_scale)
-    tile.report(terms, sample, gain, mu_scale, sums)
+    error = error_of(sample.pop("e"), sample["mu_code"], mu_scale, s.lev)
+    tile.report(terms, sample | {"mu_error": error}, sums)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class Group(NamedTuple):
+    """What elements of a group need of it, to make their updates."""
+
+    growth: Growth
+    least: jax.Array | None  # of nu's codes
+    half: jax.Array  # of its energy: v over its part
+    on_part: jax.Array  # factors in the v that an update uses: of the element's part
+    on_share: jax.Array  # and of its row's share
+
+    @classmethod
+    def of(
+        cls, growth: Growth, energy: jax.Array, least: jax.Array | None, lat: Lattice
+    ) -> "Group":
+        half = jnp.where(growth.now > 0, 0.5 * energy, 0.0)
+        on_v, on_share = pull(growth.mean, lat)
+        return cls(growth, least, half, on_v * half, on_share)
 
 
 class Tile:
@@ -149,7 +175,8 @@ class Tile:
         plgpu.barrier_wait(scratch.arrived)
         self.row = to_float(scratch.row_codes[...].astype(jnp.uint32))  # of row i, in lane i
         self.root = root_of_row(self.row)
-        scratch.codes[0] = self.root
+        meet()  # roots come where codes were
+        scratch.roots[...] = self.root
         meet()
 
     def gradient(self, i: jax.Array) -> jax.Array:
@@ -165,17 +192,24 @@ class Tile:
     def nu_codes(self, r: jax.Array) -> list:
         return words.codes(self.scratch.nu_words, r) if self.coded else [None] * len(QUARTERS)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all elements of a row had the same root."""
+        return not (self.coded or self.geometry.ragged)
+
     def accumulate(self) -> tuple[jax.Array, ...]:
-        """New moments. Per group: its energy, that before over its base, and the sum of nu's
-        codes."""
+        """New moments, and the roots squared that they grow out of. Per group: its energy, that
+        before over its base, and the sum of nu's codes."""
         s, scratch = self.s, self.scratch
 
         def element(i, mu_code, nu_code):
-            old = self.second(nu_code, scratch.codes[0, i], i)
+            old = self.second(nu_code, scratch.roots[i], i)
             mu = decode_first(mu_code, self.mu_scale, old.root, old.base, s.lev)
             mu, v = self.geometry.rule.accumulate(self.gradient(i), mu, old.v, s.rule)
             scratch.mu[i] = mu
-            scratch.v[i] = v
+            write(scratch.v, i, v)
+            if not self.alike:
+                write(scratch.shapes, i, vector(old.shape))
             code = jnp.float32(0) if old.codes is None else self.valid(i) * old.codes
             return v, vector(old.shape), vector(code)
 
@@ -186,10 +220,21 @@ class Tile:
         zero = vector(0.0)
         return fold(of_word, (jnp.add,) * 3, (zero, zero, zero))
 
-    def parts(self, i: jax.Array, growth: Growth, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """An element's part of its group's energy, now and before."""
-        old = self.second(self.nu_code(i), row, i)
-        return part_of(self.scratch.v[i], growth), old.shape * growth.before
+    def take_parts(self, growth: Growth) -> None:
+        """Elements' parts of their group's energy, in place of v, and before, in place of
+        shapes."""
+        scratch = self.scratch
+
+        def of_word(r):
+            for q in QUARTERS:
+                i = r + 8 * q
+                write(scratch.v, i, part_of(read(scratch.v, i), growth))
+                if not self.alike:
+                    write(scratch.shapes, i, read(scratch.shapes, i) * growth.before)
+            return [()] * len(QUARTERS)
+
+        fold(of_word, (), ())
+        meet()
 
     def move_rows(self, growth: Growth, codes: jax.Array) -> None:
         """Let all rows follow their elements, and centre the codes of the round-robin one. Rows
@@ -200,11 +245,11 @@ class Tile:
             """Sum over the lanes whose groups are neither zero nor unbounded."""
             return jnp.sum(jnp.where(growth.presence == 1.0, vector(x), 0.0))
 
-        def of_row(i, sums):
-            parts = zip(self.parts(i, growth, scratch.codes[0, i]), sums, strict=True)
-            return [jnp.where(self.lane == i, jnp.sum(vector(x)), so_far) for x, so_far in parts]
-
-        now, before = lax.fori_loop(0, GROUP, of_row, [vector(0.0)] * 2)
+        if self.alike:
+            (now,) = sums_of_rows([scratch.v], scratch.parts[:1])
+            before = self.root * self.root * jnp.sum(growth.before)
+        else:
+            now, before = sums_of_rows([scratch.v, scratch.shapes], scratch.parts)
         dither = self.noise(self.lane, self.first_group).nu
         moved = self.row + row_step(now, before, dither, self.coded)
         if self.coded:
@@ -221,17 +266,18 @@ class Tile:
         row = moved - lowest
         root, inverse = root_of_row(row), root_of_row(-row)
         size = jnp.maximum(count, 1).astype(jnp.float32)  # a tile that only aligns has no elements
-        mean = jnp.sum(jnp.where(known, root * root, 0.0)) / size
+        self.energy_of_rows = jnp.sum(jnp.where(known, root * root, 0.0))
+        mean = self.energy_of_rows / size
         share = root * root / jnp.maximum(mean, TINY)
         down = (moved - self.row) * (1 / ROW_PER_OCTAVE)
-        for what, x in enumerate((self.root, down, root, inverse, share)):
-            scratch.mu_words[what] = lax.bitcast_convert_type(x, jnp.uint32)
+        for what, x in enumerate((down, root, inverse, share)):
+            scratch.of_rows[what] = x
         scratch.row_codes[...] = to_code(row).astype(jnp.uint8)
         meet()
 
     def rows(self, what: int, i: jax.Array) -> jax.Array:
         """What `move_rows` found of row i."""
-        return lax.bitcast_convert_type(self.scratch.mu_words[what, i], jnp.float32)
+        return self.scratch.of_rows[what, i]
 
     def fetch_params(self, params: Any) -> None:
         """They may come where the gradients were, whose last use this is, unless the rule asks for
@@ -243,23 +289,16 @@ class Tile:
                 params, self.scratch.out, *self.corner, self.scratch.params_arrived
             )
 
-    def code_second(self, growth: Growth) -> jax.Array:
-        """nu's codes, and roots over the group's base in their place. Per group: the energy that is
-        decoded."""
-        if not self.coded:
-            return self.decoded_energy(lambda r: [self.rows(ROOT, r + 8 * q) for q in QUARTERS])
-        highest, last = self.step_codes(growth), last_code(growth, self.s.lat)
-        return self.decoded_energy(partial(self.place_codes, highest, last))
-
-    def step_codes(self, growth: Growth) -> jax.Array:
+    def step_codes(self) -> jax.Array:
         """nu's codes move with the drift of their elements. Per group: the least."""
         scratch = self.scratch
 
         def element(i, nu_code):
-            now, before = self.parts(i, growth, self.rows(OLD, i))
+            now, before = read(scratch.v, i), read(scratch.shapes, i)
             dither = self.noise(i, self.group).nu
-            code = stepped(to_float(nu_code), now, before, self.rows(DOWN, i), self.s.lat, dither)
-            scratch.codes[i] = code
+            down = self.rows(DOWN, i)
+            code = stepped(to_float(nu_code), now, before, down, self.s.lat, dither, SPECIAL)
+            write(scratch.shapes, i, code)
             return (code,)
 
         def of_word(r):
@@ -267,71 +306,78 @@ class Tile:
 
         return fold(of_word, (jnp.minimum,), (vector(jnp.inf),))[0]
 
-    def decoded_energy(self, roots: Callable[[jax.Array], list[jax.Array]]) -> jax.Array:
-        """Per group: the sum of the squares of ``roots(r)``, of elements r, r + 8, ..."""
+    def placed(self, i: jax.Array, group: Group) -> jax.Array:
+        """nu's code of element i, float32, counted from the group's largest root."""
+        last = last_code(group.growth, self.s.lat)
+        return jnp.minimum(read(self.scratch.shapes, i) - group.least, last)
 
-        def of_word(r):
-            return [(vector(x * x * self.valid(r + 8 * q)),) for q, x in enumerate(roots(r))]
+    def root_at(self, i: jax.Array, code: jax.Array | None) -> jax.Array:
+        """Over the group's new base."""
+        of_row = self.rows(ROOT, i)
+        return of_row if code is None else root_of(code, self.s.lat) * of_row
 
-        return fold(of_word, (jnp.add,), (vector(0.0),))[0]
-
-    def place_codes(self, least: jax.Array, last: jax.Array, r: jax.Array) -> list[jax.Array]:
-        """nu's codes counted from the group's largest root, packed; roots over the group's base."""
-        scratch = self.scratch
-        parts, roots = [], []
-        for q in QUARTERS:
-            i = r + 8 * q
-            parts.append(to_code(jnp.minimum(scratch.codes[i] - least, last)))
-            roots.append(root_of(parts[-1], self.s.lat) * self.rows(ROOT, i))
-            scratch.codes[i] = roots[-1]
-        words.put_codes(scratch.nu_words, r, parts)
-        return roots
-
-    def result(
-        self, i: jax.Array, g: jax.Array, growth: Growth, inverse_base: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """Of an element: its update, v as that used it, 1 / sigma as coded."""
+    def result(self, i: jax.Array, g: jax.Array, group: Group) -> tuple[jax.Array, jax.Array]:
+        """Of an element: its update, and v as that used it."""
         s, scratch = self.s, self.scratch
-        v_used = shrunk(scratch.v[i], growth.mean, self.rows(SHARE, i), s.lat)
-        update = self.geometry.rule.direction(g, scratch.mu[i], v_used, s.rule)
-        if self.coded:
-            return update, v_used, inverse_base / scratch.codes[i]
-        return update, v_used, inverse_base * self.rows(INVERSE, i)
+        v_used = group.on_part * read(scratch.v, i) + group.on_share * self.rows(SHARE, i)
+        update = self.geometry.rule.direction(g, scratch.mu[i], v_used, s.rule, SPECIAL)
+        return update, v_used
 
-    def sample(self, growth: Growth, inverse_base: jax.Array) -> dict[str, jax.Array]:
-        """What statistics are taken of, of the round-robin row, but for mu's codes."""
-        i, g = self.s.round_row, self.gradient_of_round_row
-        update, v_used, inverse_root = self.result(i, g, growth, inverse_base)
-        code = to_float(self.nu_code(i)) if self.coded else vector(0.0)
-        return {
-            "present": self.valid(i) * growth.presence == 1.0,
-            "g": g,
-            "update": update,
-            "nu": self.scratch.v[i],
-            "nu_used": v_used,
-            "predicted": growth.mean * self.rows(SHARE, i),
-            "inverse_root": inverse_root,
-            "nu_code": code,
-        }
-
-    def direct(self, growth: Growth, inverse_base: jax.Array) -> tuple[jax.Array, ...]:
-        """Updates, and mu over sigma. Of the latter, per group: the largest and the length."""
+    def direct(self, group: Group) -> tuple[jax.Array, ...]:
+        """nu's codes, packed; updates; mu over roots, in place of mu. Per group: the energy that is
+        decoded, and the largest of mu over roots."""
         scratch, geometry = self.scratch, self.geometry
+        self.result_of_round_row = self.result(self.s.round_row, self.gradient_of_round_row, group)
         if geometry.params:
             plgpu.barrier_wait(scratch.params_arrived)
 
-        def element(i):
+        def element(i, code):
             g = self.gradient(i) if geometry.rule.nesterov else jnp.float32(0)
-            update, _, inverse_root = self.result(i, g, growth, inverse_base)
+            update, _ = self.result(i, g, group)
             geometry.out.write(scratch.out, i, self.applied(i, update))
-            e = scratch.mu[i] * inverse_root
+            if code is None:
+                e = scratch.mu[i] * self.rows(INVERSE, i)
+                decoded = vector(self.valid(i) * self.rows(ROOT, i) ** 2)
+            else:
+                x = self.root_at(i, code)
+                e = SPECIAL.divide(scratch.mu[i], x)
+                decoded = x * x * self.valid(i)
             scratch.mu[i] = e
-            return jnp.abs(e), e * e
+            return decoded, jnp.abs(e)
 
         def of_word(r):
-            return [element(r + 8 * q) for q in QUARTERS]
+            codes = [None] * len(QUARTERS)
+            if self.coded:
+                codes = [to_code(self.placed(r + 8 * q, group)) for q in QUARTERS]
+                words.put_codes(scratch.nu_words, r, codes)
+            return [element(r + 8 * q, code) for q, code in enumerate(codes)]
 
-        return fold(of_word, (jnp.maximum, jnp.add), (vector(-jnp.inf), vector(0.0)))
+        start = vector(0.0), vector(-jnp.inf)
+        decoded, largest = fold(of_word, (jnp.add, jnp.maximum), start)
+        return vector(self.energy_of_rows) if self.alike else decoded, largest
+
+    def sample(
+        self, group: Group, inverse_base: jax.Array, gain: jax.Array
+    ) -> dict[str, jax.Array]:
+        """What statistics are taken of, of the round-robin row, and mu over sigma, `e`."""
+        i, growth, scratch = self.s.round_row, group.growth, self.scratch
+        update, v_used = self.result_of_round_row
+        nu_code = self.placed(i, group) if self.coded else None
+        e = scratch.mu[i] * inverse_base
+        root = self.root_at(i, None if nu_code is None else to_code(nu_code))
+        q = quantized(e, gain, self.s.lev, self.noise(i, self.group).mu)
+        return {
+            "present": self.valid(i) * growth.presence == 1.0,
+            "g": self.gradient_of_round_row,
+            "update": update,
+            "nu": read(scratch.v, i) * group.half,
+            "nu_used": v_used,
+            "predicted": growth.mean * self.rows(SHARE, i),
+            "inverse_root": inverse_base / root,
+            "nu_code": vector(0.0) if nu_code is None else nu_code,
+            "mu_code": q - self.s.lev.low,
+            "e": e,
+        }
 
     def applied(self, i: jax.Array, update: jax.Array) -> jax.Array:
         """The new parameter, if updates are applied here."""
@@ -350,25 +396,24 @@ class Tile:
         self.geometry.out.store(out, self.scratch.out, *self.corner)
         plgpu.copy_smem_to_gmem(self.scratch.row_codes.at[pl.ds(0, GROUP)], rows)
 
-    def coded_first(self, i: jax.Array, gain: jax.Array) -> jax.Array:
-        """mu's code of element i, signed."""
-        return quantized(self.scratch.mu[i], gain, self.s.lev, self.noise(i, self.group).mu)
-
-    def code_first(self, gain: jax.Array) -> jax.Array:
-        """mu's codes, packed. Per group: the decoded length, squared, in scales."""
-        lev = self.s.lev
+    def code_first(self, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """mu's codes, packed. Per group: the length, squared, in codes; that decoded, in scales."""
+        lev, scratch = self.s.lev, self.scratch
 
         def element(i):
-            q = self.coded_first(i, gain)
+            x = scratch.mu[i]
+            q = quantized(x, gain, lev, self.noise(i, self.group).mu)
             level = q + lev.between
-            return to_code(q, lev.low), (level * level * self.valid(i),)
+            length = jnp.square(x * gain)
+            return q, (length, level * level * self.valid(i))
 
         def of_word(r):
             parts = [element(r + 8 * q) for q in QUARTERS]
-            words.put_codes(self.scratch.mu_words, r, [code for code, _ in parts])
-            return [length for _, length in parts]
+            words.put_whole(scratch.mu_words, r, [q for q, _ in parts], lev.low)
+            return [lengths for _, lengths in parts]
 
-        return fold(of_word, (jnp.add,), (vector(0.0),))[0] * (lev.unit * lev.unit)
+        true, decoded = fold(of_word, (jnp.add, jnp.add), (vector(0.0), vector(0.0)))
+        return true, decoded * (lev.unit * lev.unit)
 
     def write(self, mu_scale: jax.Array, nu_scale: jax.Array) -> None:
         """Codes and scales back to where they were read."""
@@ -378,19 +423,14 @@ class Tile:
         self.stored.mu_scale[self.at] = mu_scale.astype(jnp.uint8)
         self.stored.nu_scale[self.at] = nu_scale.astype(jnp.uint16)
 
-    def report(
-        self,
-        terms: Terms,
-        sample: dict[str, jax.Array],
-        gain: jax.Array,
-        mu_scale: jax.Array,
-        sums: Any,
-    ) -> None:
-        """Statistics of the round-robin row, summed over the lanes: in the order in which warps do
-        it, not by halves, for which lanes would have to read one another's terms."""
-        s, i = self.s, self.s.round_row
-        code = self.coded_first(i, gain) - s.lev.low
-        error = error_of(self.scratch.mu[i], code, mu_scale, s.lev)
-        sample = sample | {"mu_code": code, "mu_error": error}
-        for k, term in enumerate(terms(sample, self.geometry.rule, s.rule, s.lev, s.lat)):
-            sums[self.tile, k] = jnp.sum(vector(term))
+    def report(self, terms: Terms, sample: dict[str, jax.Array], sums: Any) -> None:
+        """Statistics of the round-robin row, summed over the lanes: in another order than by
+        halves."""
+        s, scratch = self.s, self.scratch
+        for k, term in enumerate(terms(sample, self.geometry.rule, s.rule, s.lev, s.lat, SPECIAL)):
+            write(scratch.v, k, vector(term))
+        meet()
+        (scratch.of_rows[0],) = sums_of_rows([scratch.v], scratch.parts[:1])
+        meet()
+        plgpu.copy_smem_to_gmem(scratch.of_rows.at[0, pl.ds(0, SUMS)], sums.at[self.tile])
+

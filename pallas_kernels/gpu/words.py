@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.gpu.folding import QUARTERS
 from stquant_jax.storage.arena import Span
+from stquant_jax.storage.numerics import to_code
 from stquant_jax.storage.planes import PLANES, transpose8x8
 
 
@@ -30,15 +31,12 @@ def load(arena: Any, slot: Span, home: jax.Array, words: Any) -> None:
 
 
 def store(arena: Any, slot: Span, words: Any) -> None:
-    """Words to planes, as many as the width says. The words in shared memory are lost."""
+    """Words to planes, as many as the width says."""
     for p, plane in enumerate(transpose8x8([words[r] for r in range(PLANES)])):
-        words[p] = plane
 
-    def put(p, _):
-        arena[slot.first + p * slot.stride] = words[p]
-        return 0
-
-    lax.fori_loop(0, slot.width, put, 0)
+        @pl.when(p < slot.width)
+        def put(p=p, plane=plane):
+            arena[slot.first + p * slot.stride] = plane
 
 
 def codes(words: Any, r: jax.Array) -> list[jax.Array]:
@@ -50,6 +48,13 @@ def codes(words: Any, r: jax.Array) -> list[jax.Array]:
 def put_codes(words: Any, r: jax.Array, parts: list[jax.Array]) -> None:
     a, b, c, d = (part << (8 * q) for q, part in enumerate(parts))
     words[r] = (a | b) | (c | d)
+
+
+def put_whole(words: Any, r: jax.Array, parts: list[jax.Array], lowest: jax.Array) -> None:
+    """`put_codes` of whole float32 less ``lowest``, two of which fit into another's digits."""
+    a, b, c, d = parts
+    low, high = (to_code(x + 256.0 * y, 257.0 * lowest) for x, y in ((a, b), (c, d)))
+    words[r] = low | (high << 16)
 
 
 def code_at(words: Any, i: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from stquant_jax.codecs import (
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules.adam import Adam, AdamScalars
 from stquant_jax.storage.noise import Dither
-from stquant_jax.storage.numerics import TINY, log2, to_code, to_float
+from stquant_jax.storage.numerics import TINY, Arithmetic, log2, to_code, to_float
 
 LN2 = 0.6931471805599453
 NARROWER = 0.6  # of a window: about the next narrower one
@@ -116,7 +116,14 @@ class Sample(NamedTuple):
     nu_code: jax.Array
 
 
-def terms_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Lattice) -> Sums:
+def terms_of(
+    x: Sample,
+    rule: Adam,
+    scalars: AdamScalars,
+    lev: Levels,
+    lat: Lattice,
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008
+) -> Sums:
     """What elements add to their tile's sums: nothing in groups that are zero or not finite."""
 
     def of(values):
@@ -125,11 +132,12 @@ def terms_of(x: Sample, rule: Adam, scalars: AdamScalars, lev: Levels, lat: Latt
     def log_root(values):
         return 0.5 * LN2 * log2(jnp.clip(values, TINY, 2.0**126))
 
-    mu_error = rule.direction(jnp.zeros_like(x.g), x.mu_error / x.inverse_root, x.nu_used, scalars)
+    error = arithmetic.divide(x.mu_error, x.inverse_root)
+    mu_error = rule.direction(jnp.zeros_like(x.g), error, x.nu_used, scalars, arithmetic)
     energy = x.update * x.update
     nu = jnp.maximum(x.nu, TINY)
     nu_error = log_root(nu * x.inverse_root * x.inverse_root)
-    spread = log_root(x.predicted / nu)
+    spread = log_root(arithmetic.divide(x.predicted, nu))
     return Sums(
         elements=of(1.0),
         energy=of(energy),

@@ -22,8 +22,8 @@ def unsupported() -> str | None:
     return None
 
 
-def _terms(sample, rule, scalars, lev, lat):
-    return terms_of(Sample(**sample), rule, scalars, lev, lat)
+def _terms(sample, *others):
+    return terms_of(Sample(**sample), *others)
 
 
 def step(

@@ -11,6 +11,7 @@ from stquant_jax.codecs.ops import Ops, presence
 from stquant_jax.storage.numerics import (
     EXP2_FIXED_ONE,
     TINY,
+    Arithmetic,
     exp2,
     exp2_of_fixed,
     log2,
@@ -169,6 +170,7 @@ def stepped(
     down: jax.Array,
     lat: Lattice,
     dither: jax.Array,
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008
 ) -> jax.Array:
     """Codes after a drift against group and row, rounded stochastically.
 
@@ -176,7 +178,7 @@ def stepped(
       now, before: the element's part of the group's energy.
       down: octaves that its row moved.
     """
-    drift = log2_of_ratio(now / jnp.maximum(before, TINY))
+    drift = log2_of_ratio(arithmetic.divide(now, jnp.maximum(before, TINY)))
     return codes - jnp.floor(drift * (0.5 / lat.delta) + (down * (1.0 / lat.delta) + dither))
 
 
@@ -201,8 +203,8 @@ def base_of(
     return code.astype(jnp.uint32), rounded
 
 
-def shrunk(v: jax.Array, mean: jax.Array, share: jax.Array, lat: Lattice) -> jax.Array:
-    """v pulled toward the product of the group's mean and the row's share of it (James and
-    Stein)."""
+def pull(mean: jax.Array, lat: Lattice) -> tuple[jax.Array, jax.Array]:
+    """Factors of v and of its row's share, whose sum is used in the update: v pulled toward the
+    product of its group's mean and its row's share of it (James and Stein)."""
     part = jnp.where(lat.shrinkage * mean < _LEAST_PULL, 0.0, lat.shrinkage)
-    return (lat.length * (1.0 - part)) * v + (lat.length * part * mean) * share
+    return lat.length * (1.0 - part), lat.length * part * mean

@@ -31,10 +31,10 @@ from stquant_jax.codecs.lattices import (
     grown,
     last_code,
     part_of,
+    pull,
     root_of,
     root_of_row,
     row_step,
-    shrunk,
     stepped,
 )
 from stquant_jax.codecs.ops import Ops, group_max, group_min, group_sum
@@ -164,11 +164,12 @@ def encode_second(
     if codes is not None:
         by_codes = inverse_base / root
         inverse_root = jnp.where(coded, by_codes, inverse_root) if by_tile else by_codes
+    on_v, on_share = pull(growth.mean, lat)
     return SecondCode(
         codes=codes,
         scale=scale,
         row=row,
-        v_used=shrunk(v, growth.mean, share, lat),
+        v_used=on_v * v + on_share * share,
         inverse_root=inverse_root,
         presence=growth.presence,
         mean=growth.mean,

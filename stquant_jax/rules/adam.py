@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from stquant_jax.storage.numerics import Arithmetic
+
 
 class AdamScalars(NamedTuple):
     b1: jax.Array
@@ -54,6 +56,14 @@ class Adam:
         # Terms in Optax's order, for that decides which of them is rounded before the sum.
         return s.rest1 * g + s.b1 * mu, s.rest2 * (g * g) + s.b2 * nu
 
-    def direction(self, g: jax.Array, mu: jax.Array, nu: jax.Array, s: AdamScalars) -> jax.Array:
+    def direction(
+        self,
+        g: jax.Array,
+        mu: jax.Array,
+        nu: jax.Array,
+        s: AdamScalars,
+        arithmetic: Arithmetic = Arithmetic(),  # noqa: B008
+    ) -> jax.Array:
         mu_hat = s.on_mu * mu + s.on_gradient * g if self.nesterov else s.on_mu * mu
-        return mu_hat / (jnp.sqrt(nu * s.on_nu + s.eps_root) + s.eps)
+        root = arithmetic.sqrt(nu * s.on_nu + s.eps_root)
+        return arithmetic.divide(mu_hat, root + s.eps)

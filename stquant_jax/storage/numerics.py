@@ -7,7 +7,7 @@ alone, so that devices differ at most in how they fuse a multiplication with an 
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,14 @@ _ONE_BITS = 0x3F800000
 _MANTISSA = 0x007FFFFF
 EXP2_FIXED_ONE = 2**23  # the octave of `exp2_of_fixed`
 _NAN_BITS = 0x7FC00000
+
+
+class Arithmetic(NamedTuple):
+    """Division and square root, which some devices also have as instructions that are off in the
+    last places."""
+
+    divide: Callable[[jax.Array, jax.Array], jax.Array] = jnp.divide
+    sqrt: Callable[[jax.Array], jax.Array] = jnp.sqrt
 
 
 def _horner(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
