@@ -15,6 +15,7 @@ import pytest
 
 import stquant_jax as stquant
 from stquant_jax.backends import settle
+from stquant_jax.codecs import MU_NOT_FINITE
 from tests import common, oracle, oracle_storage, test_oracle
 from tests.oracle_storage import GROUP
 
@@ -42,6 +43,7 @@ TREES = {
     "pallas_gpu": {
         "rows": (60, 248),
         "rows, bfloat16": (64, 120),
+        "rows, second of a launch": (60, 248),
         "columns": (250, 64),
         "columns, bfloat16": (120, 64),
         "odd": (60, 121),
@@ -53,7 +55,7 @@ TREES = {
 TREES["xla_gpu"] = TREES["pallas_tpu"]
 APPLIED = {
     "pallas_tpu": {"same": (300, 256), "to bfloat16": (256, 256), "wide": (9, 20, 36)},
-    "pallas_gpu": {"same": (32, 128), "to bfloat16": (64, 120), "wide": (120, 64)},
+    "pallas_gpu": {"same": (32, 128), "same, too": (32, 128), "to bfloat16": (64, 120), "wide": (120, 64)},
 }
 APPLIED["xla_gpu"] = APPLIED["pallas_tpu"]
 ULP = 2.0**-23  # updates are around 1
@@ -109,10 +111,14 @@ def assert_same(got, want):
     """Of two backends: (updates, state)."""
     (updates, state), (want_updates, want_state) = got, want
     np.testing.assert_array_equal(state.count, want_state.count)
+    # Codes of a group that is not finite are any.
+    sound = np.all(np.asarray(want_state.mu_scale) != MU_NOT_FINITE, axis=0)
     # Compilers may round a product that is added to something, or not, and do so by processor: a
     # code whose dither is next to the edge then is another one.
     for name in ("arena", "mu_scale", "nu_scale", "nu_row", "exact"):
         got, want = (np.asarray(getattr(x, name)) for x in (state, want_state))
+        if name == "arena":
+            got, want = got[:, sound], want[:, sound]
         assert np.sum(got != want) <= 1 + 1e-4 * got.size, name
     for name, update in updates.items():
         expected = want_updates[name]

@@ -1,6 +1,6 @@
 """What Nvidia's assembler makes of the GPU kernels, on a machine without a GPU.
 
-One leaf is compiled for an H100 by JAX's CUDA plugin. Measured of its kernel:
+A launch is compiled for an H100 by JAX's CUDA plugin. Measured of its kernel:
 
     registers, spills, shared memory, and the warpgroups that fit on a processor with them; with
     codes of nu and without are two programs of one kernel, which are compiled apart here
@@ -18,6 +18,7 @@ PYTHON=python3.12 VENV=.venv-newest` fetches it and runs
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -31,6 +32,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
@@ -72,9 +74,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 PROCESSOR = {"shared": 233472, "registers": 65536, "warpgroups": 16}
 RESERVED = 1024  # bytes of shared memory that every block takes beside its own
 ELEMENTS = 32  # of a thread
-BARRIERS = 4  # of a sum over lanes
 
-# Leaf, dtype of gradients, and of parameters if the update is applied.
+# Leaf, dtype of gradients, and of parameters if the update is applied; leaves of the launch.
 KERNELS = {
     "rows": ((768, 3072), jnp.float32, None),
     "columns": ((3072, 768), jnp.float32, None),
@@ -83,9 +84,10 @@ KERNELS = {
     "rows, ragged": ((760, 3000), jnp.float32, None),
     "rows, applied": ((768, 3072), jnp.bfloat16, jnp.float32),
     "rows, applied at random": ((768, 3072), jnp.float32, jnp.bfloat16),
+    "rows, twelve leaves": ((768, 3072), jnp.float32, None, 12),
 }
 
-PASSES = {True: 5, False: 3}  # over a tile, with codes and without
+TURNS = 8  # of a pass over a tile, four elements each
 NO_CODES = ", no codes"
 
 PIPES = {
@@ -99,21 +101,27 @@ PIPES = {
 PIPE_OF = {op: pipe for pipe, ops in PIPES.items() for op in ops.split()}
 
 
-def compile_leaf(shape: tuple[int, ...], gradients: Any, params: Any) -> dict[str, Any]:
-    """Lower and compile the update of one leaf; the kernel's dumps go where Mosaic was told."""
+def compile_leaves(
+    shape: tuple[int, ...], gradients: Any, params: Any, leaves: int = 1
+) -> dict[str, Any]:
+    """Lower and compile an update of leaves that are alike; the kernel's dumps go where Mosaic was
+    told."""
     device = topologies.get_topology_desc(
         platform="cuda", topology="1x1x1", target_config=H100
     ).devices[0]
     storage = stquant.Storage(backend="pallas_gpu")
     tx = stquant.adamw(1e-3, precision=stquant.Budget(5.0), storage=storage)
-    p = {"leaf": jax.ShapeDtypeStruct(shape, params or gradients)}
+    p, g = (
+        {f"leaf {i}": jax.ShapeDtypeStruct(shape, dtype) for i in range(leaves)}
+        for dtype in (params or gradients, gradients)
+    )
     state = jax.eval_shape(tx.init, p)
     f = partial(stquant.fused_update, tx, stochastic_rounding=params == jnp.bfloat16)
     donate = (1, 2)
     if params is None:
         tx = stquant.scale_by_adam_q(precision=stquant.Fixed(4, 3), storage=storage)
         f, donate, state = tx.update, (1,), jax.eval_shape(tx.init, p)
-    args = ({"leaf": jax.ShapeDtypeStruct(shape, gradients)}, state, *((p,) if params else ()))
+    args = (g, state, *((p,) if params else ()))
     place = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     args = jax.tree.map(lambda x: place(x.shape, x.dtype), args)
     start = time.process_time()
@@ -144,43 +152,58 @@ def resources(assembler: str, mosaic: str) -> dict[str, int]:
     }
 
 
-def executed(disassembly: str, sums: int, found_passes: int) -> Counter[str]:
+def _immediate(text: str) -> int:
+    return 0 if text in ("RZ", "URZ") else int(text, 0)
+
+
+def _trips(code: list[str], first: int, last: int) -> int | None:
+    """How often a loop runs whose counter is compared with a constant, or None."""
+    body, number = code[first : last + 1], r"(-?0x[0-9a-f]+|U?RZ)"
+    steps = {}
+    for text in body:
+        if found := re.match(
+            rf"(?:U?IADD3?|VIADD) (U?R\d+),.*?\b\1(?:\.reuse)?, {number}(?:, U?RZ)?$", text
+        ):
+            steps[found[1]] = _immediate(found[2])
+    for text in body:
+        found = re.match(rf"U?ISETP\.\S+ U?P\d, U?PT, (U?R\d+)(?:\.reuse)?, {number},", text)
+        if not found or not steps.get(counter := found[1]):
+            continue
+        # What was last written to it before the loop: a move, or one by way of two halves.
+        start = next(x for x in reversed(code[:first]) if re.match(rf"\S+ {counter},", x))
+        if move := re.match(rf"(?:U?MOV|IMAD\.MOV\.U32) {counter}, (?:RZ, RZ, )?{number}", start):
+            begin = _immediate(move[1])
+        elif halves := re.match(rf"HFMA2\S* {counter}, -RZ, RZ, (\S+), (\S+)", start):
+            high, low = (int(np.float16(float(x)).view(np.uint16)) for x in halves.groups())
+            begin = high << 16 | low
+        else:
+            continue
+        return (_immediate(found[2]) - begin) // steps[counter]
+    return None
+
+
+def executed(disassembly: str) -> Counter[str]:
     """Instructions that a thread executes for its 32 elements, by opcode.
 
-    Passes over a tile are nests of three loops of two, the inmost of which may be unrolled. The
-    loop with barriers is that over rows, with so many sums over lanes for each; it may be unrolled
-    altogether. All other loops count once: those that wait end at once, those over planes are
-    unrolled by four.
+    A pass over a tile is a loop of eight turns, four elements each, unless it is unrolled. What is
+    conditional counts as if it were executed, and so do all of the places for a launch's leaves;
+    loops without a constant number of turns count once: they wait, and end at once.
     """
     code, labels = [], {}
     for line in disassembly.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(code)
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\S.*)", line):
-            code.append(found[1])
+            code.append(found[1].strip())
     jumps = [(re.search(r"^BRA.*`\((\.L\w+)\)", text), i) for i, text in enumerate(code)]
     loops = [(labels[jump[1]], i) for jump, i in jumps if jump and labels.get(jump[1], i + 1) <= i]
-
-    def inside(a, b):
-        return b[0] <= a[0] and a[1] <= b[1] and a != b
-
-    passes = []
-    for inner in loops:
-        most = 1.5 * (inner[1] - inner[0])
-        nest = [x for x in loops if (inside(inner, x) or x == inner) and x[1] - x[0] < most]
-        if not any(inside(loop, inner) for loop in loops) and len(nest) >= 2:
-            passes.append(nest)
-    assert len(passes) == found_passes, f"{len(passes)} passes over a tile"
-    opcodes = [re.split(r"[.\s]", text)[0] for text in code]
-    barriers = {loop: opcodes[loop[0] : loop[1] + 1].count("BAR") for loop in loops}
-    # But for the one around everything, which waits.
-    rows = [x for x in loops if barriers[x] and not any(inside(y, x) for y in loops)]
-    assert len(rows) <= 1, "loops over rows"
+    turns = {loop: _trips(code, *loop) for loop in loops}
+    passes = [n for n in turns.values() if n == TURNS]
+    assert 3 <= len(passes) <= 5, f"{len(passes)} passes over a tile"
     counts = Counter()
-    for i, opcode in enumerate(opcodes):
-        depth = sum(first <= i <= last for nest in passes for first, last in nest)
-        again = [ELEMENTS * BARRIERS * sums // barriers[x] for x in rows if x[0] <= i <= x[1]]
-        counts[opcode] += 2**depth * sum(again or [1])
+    for i, text in enumerate(code):
+        around = [turns[a, b] or 1 for a, b in loops if a <= i <= b]
+        counts[re.split(r"[.\s]", text)[0]] += math.prod(around)
     return counts
 
 
@@ -205,13 +228,12 @@ def measure(name: str) -> dict[str, Any]:
 
     dump, coded = Path(os.environ["MOSAIC_GPU_DUMP_TO"]), not name.endswith(NO_CODES)
     kernel.PROGRAMS = (coded,)
-    record = compile_leaf(*KERNELS[name.removesuffix(NO_CODES)])
+    record = compile_leaves(*KERNELS[name.removesuffix(NO_CODES)])
     (assembler,) = dump.glob("*.ptxas")
     (mosaic,) = dump.glob("*.resources.txt")
     record |= resources(assembler.read_text(), mosaic.read_text())
     for disassembly in dump.glob("*.sass_ctrl"):
-        sums = 2  # of a row's parts, now and before
-        record |= per_element(executed(disassembly.read_text(), sums, PASSES[coded]))
+        record |= per_element(executed(disassembly.read_text()))
     return record
 
 

@@ -1,6 +1,5 @@
-"""One kernel per quantized leaf, everything that is stored updated in place.
-
-Leaves of one geometry share one traced and lowered function.
+"""Everything that is stored is updated in place, by one launch for up to sixteen leaves of one
+geometry: a leaf alone may have fewer tiles than a card takes at once, or a few more.
 """
 
 from functools import partial
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.geometry import Geometry, Scratch
@@ -20,41 +20,64 @@ from stquant_jax.rules.apply import Apply
 from stquant_jax.storage.arena import Packed
 from stquant_jax.storage.layout import Layout
 
+_MOST = 16  # leaves of a launch: each has its own places in the kernel's code to fetch and store
+
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _update_leaf(
+def _update_leaves(
     geometry: Geometry,
     terms: Terms,
     interpret: Any,
-    leaf: jax.Array,
+    leaves: jax.Array,
     tables: Tables,
-    gradients: jax.Array,
-    params: jax.Array | None,
+    gradients: list[jax.Array],
+    params: list[jax.Array] | None,
     stored: Packed,
-) -> tuple[jax.Array, Packed, jax.Array]:
-    """Updates of a leaf's matrix or its new parameters, what is stored of all leaves, and sums."""
+) -> tuple[list[jax.Array], Packed, jax.Array]:
+    """Updates of the leaves' matrices or their new parameters, what is stored of all leaves, and
+    sums of their tiles. ``leaves`` are int32 indices."""
+    n = len(gradients)
 
-    def body(leaf, whole, keys, real, gradients, *refs):
-        out, sums, *scratch = refs if in_place is None else (in_place, *refs)
-        s = Tables(whole, keys, real).row(leaf[0])
-        update_tile(geometry, terms, s, gradients, out, sums, kept, Scratch.of(*scratch))
+    def body(leaves, whole, keys, real, *refs):
+        gradients, refs = refs[:n], refs[n:]
+        out, refs = (refs[:n], refs[n:]) if in_place is None else (in_place, refs)
+        sums, *scratch = refs
+        at = lax.axis_index("tile")
+        which = at // geometry.tiles
+        s = Tables(whole, keys, real).row(leaves[which])
+        tile = at - which * geometry.tiles
+        update_tile(
+            geometry, terms, s, which, tile, gradients, out, sums.at[at], kept, Scratch.of(*scratch)
+        )
 
     kept, in_place = jax.tree.map(
         lambda x: jax.new_ref(x, memory_space=plgpu.GMEM), (stored, params)
     )
-    sums = jax.ShapeDtypeStruct((geometry.tiles, SUMS), jnp.float32)
-    update = jax.ShapeDtypeStruct(gradients.shape, gradients.dtype)
-    *update, sums = plgpu.kernel(
+    tiles = n * geometry.tiles
+    sums = jax.ShapeDtypeStruct((tiles, SUMS), jnp.float32)
+    updates = [jax.ShapeDtypeStruct(g.shape, g.dtype) for g in gradients]
+    *updates, sums = plgpu.kernel(
         body,
-        out_type=(update, sums) if params is None else (sums,),
+        out_type=(*updates, sums) if params is None else (sums,),
         scratch_types=Scratch.types(geometry),
-        grid=(geometry.tiles,),
+        grid=(tiles,),
         grid_names=("tile",),
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
-    )(leaf, *tables, gradients)
+    )(leaves, *tables, *gradients)
     kept, new = jax.tree.map(jax.freeze, (kept, in_place))
-    return update[0] if params is None else new, kept, sums
+    return updates if params is None else new, kept, sums
+
+
+def _batches(geometries: list[Geometry]) -> list[list[int]]:
+    """Leaves that are updated together, by their index: evenly, for each number is a kernel."""
+    batches = []
+    for geometry in dict.fromkeys(geometries):
+        alike = [i for i, x in enumerate(geometries) if x == geometry]
+        launches = -(-len(alike) // _MOST)
+        most = -(-len(alike) // launches)
+        batches += [alike[k : k + most] for k in range(0, len(alike), most)]
+    return batches
 
 
 def update(
@@ -82,21 +105,35 @@ def update(
     ensure_floor()
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
-    results, sums = [], []
-    for i, (leaf, g) in enumerate(zip(layout.quantized, grads, strict=True)):
-        p = None if apply is None else apply.params[i]
-        rounds = apply is not None and apply.rounds(apply.params[i])
-        geometry = Geometry.of(leaf, rule, g.dtype, None if p is None else p.dtype, rounds)
-        x, stored, part = _update_leaf(
+    params = [None] * len(grads) if apply is None else apply.params
+    geometries = [
+        Geometry.of(
+            leaf,
+            rule,
+            g.dtype,
+            None if p is None else p.dtype,
+            apply is not None and apply.rounds(p),
+        )
+        for leaf, g, p in zip(layout.quantized, grads, params, strict=True)
+    ]
+    results, sums = list(grads), [None] * len(grads)
+    for batch in _batches(geometries):
+        geometry = geometries[batch[0]]
+
+        def matrices(arrays, batch=batch, staged=geometry.staged):
+            return [matrix_of(arrays[i], layout.quantized[i], staged) for i in batch]
+
+        xs, stored, parts = _update_leaves(
             geometry,
             terms,
             interpret or None,
-            jnp.full(1, i, jnp.int32),
+            jnp.array(batch, jnp.int32),
             tables,
-            matrix_of(g, leaf, geometry.staged),
-            None if p is None else matrix_of(p, leaf, geometry.staged),
+            matrices(grads),
+            None if apply is None else matrices(params),
             stored,
         )
-        results.append(leaf_of(x, leaf, geometry.staged))
-        sums.append(part)
+        for i, x, part in zip(batch, xs, jnp.split(parts, len(batch)), strict=True):
+            results[i] = leaf_of(x, layout.quantized[i], geometry.staged)
+            sums[i] = part
     return results, stored, sums

@@ -32,10 +32,10 @@ from stquant_jax.codecs import Lattice, Second, decode_first, decoded_second, er
 from stquant_jax.codecs.first import gain_of, length_of, quantized
 from stquant_jax.codecs.lattices import (
     ROW_LAST,
-    ROW_PER_OCTAVE,
     Growth,
     base_of,
     centring_step,
+    codes_of_rows,
     decoded_base,
     grown,
     last_code,
@@ -62,26 +62,30 @@ def update_tile(
     geometry: Geometry,
     terms: Terms,
     s: Scalars,
-    gradients: Any,
-    out: Any,
+    leaf: jax.Array,
+    tile: jax.Array,
+    gradients: Sequence[Any],
+    out: Sequence[Any],
     sums: Any,
     stored: Any,  # `Packed` of references
     scratch: Scratch,
 ) -> None:
-    """Decode, rule, encode: the tile of this block of the grid.
+    """Decode, rule, encode: a tile of a leaf.
 
     Args:
-      gradients, out: the leaf's matrices. The latter takes the updates, or holds parameters that
-        they are applied to.
-      sums: float32[tiles, 16], of what `terms` returns.
+      leaf: its place in ``gradients`` and ``out``, leaves' matrices. The latter take the updates,
+        or hold parameters that they are applied to.
+      sums: float32[16], of what `terms` returns.
     """
-    args = geometry, terms, s, gradients, out, sums, stored, scratch
+    args = geometry, terms, s, leaf, tile, gradients, out, sums, stored, scratch
     for coded in PROGRAMS:
         pl.when((s.nu_width > 0) == coded)(partial(_update_tile, coded, *args))
 
 
-def _update_tile(coded, geometry, terms, s, gradients, out, sums, stored, scratch) -> None:
-    tile = Tile(coded, geometry, s, stored, scratch)
+def _update_tile(
+    coded, geometry, terms, s, leaf, tile, gradients, out, sums, stored, scratch
+) -> None:
+    tile = Tile(coded, geometry, s, leaf, tile, stored, scratch)
     tile.fetch(gradients)
     energy, before, codes = tile.accumulate()
     growth = grown(energy, tile.size, before)
@@ -125,10 +129,9 @@ class Group(NamedTuple):
 class Tile:
     """The passes over a tile, in their order."""
 
-    def __init__(self, coded: bool, geometry: Geometry, s: Scalars, stored: Any, scratch: Scratch):
-        self.coded = coded
-        self.geometry, self.s, self.stored, self.scratch = geometry, s, stored, scratch
-        tile = lax.axis_index("tile")
+    def __init__(self, coded, geometry, s, leaf, tile, stored, scratch):
+        self.coded, self.geometry, self.s, self.leaf = coded, geometry, s, leaf
+        self.stored, self.scratch = stored, scratch
         self.lane = lane_index()
         place = geometry.place._replace(start=s.start)
         self.group, self.left = place.of_lanes(vector(tile), self.lane)
@@ -141,6 +144,15 @@ class Tile:
         stride = jnp.int32(geometry.tiles)
         self.mu_slot = Span(s.mu_first + tile, s.mu_width, stride)
         self.nu_slot = Span(s.nu_first + tile, s.nu_width, stride)
+
+    def each(self, do: Callable[[Any], None], matrices: Sequence[Any]) -> None:
+        """With the matrix of this tile's leaf. The first branch does nothing: it is lowered twice,
+        and what the copy engine needs is made once."""
+        if len(matrices) == 1:
+            do(matrices[0])
+        else:
+            doing = [partial(do, matrix) for matrix in matrices]
+            lax.switch(self.leaf + 1, [lambda: None, *doing])
 
     @property
     def corner(self) -> tuple[jax.Array, jax.Array]:
@@ -159,10 +171,11 @@ class Tile:
             return jnp.float32(1)
         return jnp.where(i < self.left, 1.0, 0.0)
 
-    def fetch(self, gradients: Any) -> None:
+    def fetch(self, gradients: Sequence[Any]) -> None:
         """All that is read of global memory, asked for at once."""
         stored, scratch = self.stored, self.scratch
-        self.geometry.gradients.fetch(gradients, scratch.gradients, *self.corner, scratch.arrived)
+        to = scratch.gradients, *self.corner, scratch.arrived
+        self.each(lambda matrix: self.geometry.gradients.fetch(matrix, *to), gradients)
         # A transfer that a barrier counts has 128 bytes or more: rows of the next tiles come along.
         rows = stored.nu_row.at[pl.ds(self.at * GROUP, LANES)]
         plgpu.copy_gmem_to_smem(rows, scratch.row_codes, scratch.arrived)
@@ -179,8 +192,9 @@ class Tile:
         scratch.roots[...] = self.root
         meet()
 
-    def gradient(self, i: jax.Array) -> jax.Array:
-        g = self.geometry.gradients.read(self.scratch.gradients, i)
+    def gradient(self, r: jax.Array, q: int = 0) -> jax.Array:
+        """Of element r + 8 q."""
+        g = self.geometry.gradients.read(self.scratch.gradients, r, q)
         return g.astype(jnp.float32)
 
     def second(self, codes: jax.Array | None, row: jax.Array, i: jax.Array) -> Second:
@@ -202,10 +216,11 @@ class Tile:
         before over its base, and the sum of nu's codes."""
         s, scratch = self.s, self.scratch
 
-        def element(i, mu_code, nu_code):
+        def element(r, q, mu_code, nu_code):
+            i = r + 8 * q
             old = self.second(nu_code, scratch.roots[i], i)
             mu = decode_first(mu_code, self.mu_scale, old.root, old.base, s.lev)
-            mu, v = self.geometry.rule.accumulate(self.gradient(i), mu, old.v, s.rule)
+            mu, v = self.geometry.rule.accumulate(self.gradient(r, q), mu, old.v, s.rule)
             scratch.mu[i] = mu
             write(scratch.v, i, v)
             if not self.alike:
@@ -215,7 +230,7 @@ class Tile:
 
         def of_word(r):
             mu, nu = words.codes(scratch.mu_words, r), self.nu_codes(r)
-            return [element(r + 8 * q, mu[q], nu[q]) for q in QUARTERS]
+            return [element(r, q, mu[q], nu[q]) for q in QUARTERS]
 
         zero = vector(0.0)
         return fold(of_word, (jnp.add,) * 3, (zero, zero, zero))
@@ -269,7 +284,7 @@ class Tile:
         self.energy_of_rows = jnp.sum(jnp.where(known, root * root, 0.0))
         mean = self.energy_of_rows / size
         share = root * root / jnp.maximum(mean, TINY)
-        down = (moved - self.row) * (1 / ROW_PER_OCTAVE)
+        down = codes_of_rows(moved - self.row, s.lat)
         for what, x in enumerate((down, root, inverse, share)):
             scratch.of_rows[what] = x
         scratch.row_codes[...] = to_code(row).astype(jnp.uint8)
@@ -279,15 +294,14 @@ class Tile:
         """What `move_rows` found of row i."""
         return self.scratch.of_rows[what, i]
 
-    def fetch_params(self, params: Any) -> None:
+    def fetch_params(self, params: Sequence[Any]) -> None:
         """They may come where the gradients were, whose last use this is, unless the rule asks for
         them again."""
         self.gradient_of_round_row = self.gradient(self.s.round_row)
-        if self.geometry.params:
+        if window := self.geometry.params:
             meet()
-            self.geometry.params.fetch(
-                params, self.scratch.out, *self.corner, self.scratch.params_arrived
-            )
+            to = self.scratch.out, *self.corner, self.scratch.params_arrived
+            self.each(lambda matrix: window.fetch(matrix, *to), params)
 
     def step_codes(self) -> jax.Array:
         """nu's codes move with the drift of their elements. Per group: the least."""
@@ -331,10 +345,11 @@ class Tile:
         if geometry.params:
             plgpu.barrier_wait(scratch.params_arrived)
 
-        def element(i, code):
-            g = self.gradient(i) if geometry.rule.nesterov else jnp.float32(0)
+        def element(r, q, code):
+            i = r + 8 * q
+            g = self.gradient(r, q) if geometry.rule.nesterov else jnp.float32(0)
             update, _ = self.result(i, g, group)
-            geometry.out.write(scratch.out, i, self.applied(i, update))
+            geometry.out.write(scratch.out, r, q, self.applied(r, q, update))
             if code is None:
                 e = scratch.mu[i] * self.rows(INVERSE, i)
                 decoded = vector(self.valid(i) * self.rows(ROOT, i) ** 2)
@@ -350,7 +365,7 @@ class Tile:
             if self.coded:
                 codes = [to_code(self.placed(r + 8 * q, group)) for q in QUARTERS]
                 words.put_codes(scratch.nu_words, r, codes)
-            return [element(r + 8 * q, code) for q, code in enumerate(codes)]
+            return [element(r, q, code) for q, code in enumerate(codes)]
 
         start = vector(0.0), vector(-jnp.inf)
         decoded, largest = fold(of_word, (jnp.add, jnp.maximum), start)
@@ -379,21 +394,22 @@ class Tile:
             "e": e,
         }
 
-    def applied(self, i: jax.Array, update: jax.Array) -> jax.Array:
-        """The new parameter, if updates are applied here."""
+    def applied(self, r: jax.Array, q: int, update: jax.Array) -> jax.Array:
+        """The new parameter of element r + 8 q, if updates are applied here."""
         if not self.geometry.params:
             return update
-        p = self.geometry.params.read(self.scratch.out, i)
+        p = self.geometry.params.read(self.scratch.out, r, q)
         bits = None
         if self.geometry.rounds:
-            bits = rounding_bits(self.s.keys, self.group, i.astype(jnp.uint32))
+            bits = rounding_bits(self.s.keys, self.group, (r + 8 * q).astype(jnp.uint32))
         return apply_block(p, update, self.s.rate, self.s.decay, bits)
 
-    def store(self, out: Any) -> None:
+    def store(self, out: Sequence[Any]) -> None:
         """Updates and rows go out while mu is coded."""
         rows = self.stored.nu_row.at[pl.ds(self.at * GROUP, GROUP)]
         meet()
-        self.geometry.out.store(out, self.scratch.out, *self.corner)
+        held = self.scratch.out, *self.corner
+        self.each(lambda matrix: self.geometry.out.store(matrix, *held), out)
         plgpu.copy_smem_to_gmem(self.scratch.row_codes.at[pl.ds(0, GROUP)], rows)
 
     def code_first(self, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -432,5 +448,5 @@ class Tile:
         meet()
         (scratch.of_rows[0],) = sums_of_rows([scratch.v], scratch.parts[:1])
         meet()
-        plgpu.copy_smem_to_gmem(scratch.of_rows.at[0, pl.ds(0, SUMS)], sums.at[self.tile])
+        plgpu.copy_smem_to_gmem(scratch.of_rows.at[0, pl.ds(0, SUMS)], sums)
 

@@ -65,14 +65,15 @@ class Window:
         for box, place in self._boxes(matrix, held, band, lane_tile):
             plgpu.copy_smem_to_gmem(place, box)
 
-    def _at(self, i: jax.Array) -> tuple:
+    def _at(self, r: jax.Array, q: int) -> tuple:
         if not self.transposed:
-            return (i, slice(None))
-        return (i // self._packet, slice(None), i % self._packet)
+            return (r + 8 * q, slice(None))
+        n = self._packet  # a divisor of 8: so much is known before r is
+        return (r // n + 8 // n * q, slice(None), r % n)
 
-    def read(self, held, i: jax.Array) -> jax.Array:
-        """Element i of every lane's group, [128]."""
-        return held[self._at(i)]
+    def read(self, held, r: jax.Array, q: int = 0) -> jax.Array:
+        """Element r + 8 q of every lane's group, [128]."""
+        return held[self._at(r, q)]
 
-    def write(self, held, i: jax.Array, x: jax.Array) -> None:
-        held[self._at(i)] = x.astype(self.dtype)
+    def write(self, held, r: jax.Array, q: int, x: jax.Array) -> None:
+        held[self._at(r, q)] = x.astype(self.dtype)

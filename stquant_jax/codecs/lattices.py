@@ -163,6 +163,11 @@ def centring_step(
     return jnp.where(living > 0, move, 0.0)
 
 
+def codes_of_rows(steps: jax.Array, lat: Lattice) -> jax.Array:
+    """Steps of rows in codes, not whole."""
+    return steps * (1 / (ROW_PER_OCTAVE * lat.delta))
+
+
 def stepped(
     codes: jax.Array,
     now: jax.Array,
@@ -176,10 +181,10 @@ def stepped(
 
     Args:
       now, before: the element's part of the group's energy.
-      down: octaves that its row moved.
+      down: codes that its row moved.
     """
     drift = log2_of_ratio(arithmetic.divide(now, jnp.maximum(before, TINY)))
-    return codes - jnp.floor(drift * (0.5 / lat.delta) + (down * (1.0 / lat.delta) + dither))
+    return codes - jnp.floor(drift * (0.5 / lat.delta) + (down + dither))
 
 
 def last_code(growth: Growth, lat: Lattice) -> jax.Array:

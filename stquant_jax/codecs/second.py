@@ -23,10 +23,10 @@ from stquant_jax.codecs.lattices import (
     BASE_NOT_FINITE,
     BASE_PER_OCTAVE,
     ROW_LAST,
-    ROW_PER_OCTAVE,
     Lattice,
     base_of,
     centring_step,
+    codes_of_rows,
     decoded_base,
     grown,
     last_code,
@@ -145,7 +145,7 @@ def encode_second(
     first = valid[..., :1]  # of the tile's groups; where tiles only align it has no elements
     lowest = -group_max(jnp.where(first > 0, -moved, -float(ROW_LAST)), ops)
     moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
-    down = (moved - row) * (1 / ROW_PER_OCTAVE)
+    down = codes_of_rows(moved - row, lat)
     row = moved - lowest
     root = root_of_row(row)
     down, row, root, inverse = hold((down, row, root, root_of_row(-row)))
