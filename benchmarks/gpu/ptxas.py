@@ -88,6 +88,7 @@ KERNELS = {
 }
 
 TURNS = 8  # of a pass over a tile, four elements each
+PASSES = {True: (4, 5), False: (3, 4)}  # with codes and without; one is short, and may be unrolled
 NO_CODES = ", no codes"
 
 PIPES = {
@@ -169,9 +170,14 @@ def _trips(code: list[str], first: int, last: int) -> int | None:
         found = re.match(rf"U?ISETP\.\S+ U?P\d, U?PT, (U?R\d+)(?:\.reuse)?, {number},", text)
         if not found or not steps.get(counter := found[1]):
             continue
-        # What was last written to it before the loop: a move, or one by way of two halves.
-        start = next(x for x in reversed(code[:first]) if re.match(rf"\S+ {counter},", x))
-        if move := re.match(rf"(?:U?MOV|IMAD\.MOV\.U32) {counter}, (?:RZ, RZ, )?{number}", start):
+        # What was last written to it before the loop: zeros to it and its neighbour, a move, or a
+        # move by way of two halves.
+        zeros = rf"CS2R(?:\.32)? (?:{counter}|R{int(counter.strip('UR')) - 1}), SRZ"
+        before = (x for x in reversed(code[:first]) if re.match(rf"\S+ {counter},|{zeros}", x))
+        start = next(before)
+        if re.match(zeros, start):
+            begin = 0
+        elif move := re.match(rf"(?:U?MOV|IMAD\.MOV\.U32) {counter}, (?:RZ, RZ, )?{number}", start):
             begin = _immediate(move[1])
         elif halves := re.match(rf"HFMA2\S* {counter}, -RZ, RZ, (\S+), (\S+)", start):
             high, low = (int(np.float16(float(x)).view(np.uint16)) for x in halves.groups())
@@ -182,7 +188,7 @@ def _trips(code: list[str], first: int, last: int) -> int | None:
     return None
 
 
-def executed(disassembly: str) -> Counter[str]:
+def executed(disassembly: str, known: tuple[int, ...]) -> Counter[str]:
     """Instructions that a thread executes for its 32 elements, by opcode.
 
     A pass over a tile is a loop of eight turns, four elements each, unless it is unrolled. What is
@@ -198,8 +204,8 @@ def executed(disassembly: str) -> Counter[str]:
     jumps = [(re.search(r"^BRA.*`\((\.L\w+)\)", text), i) for i, text in enumerate(code)]
     loops = [(labels[jump[1]], i) for jump, i in jumps if jump and labels.get(jump[1], i + 1) <= i]
     turns = {loop: _trips(code, *loop) for loop in loops}
-    passes = [n for n in turns.values() if n == TURNS]
-    assert 3 <= len(passes) <= 5, f"{len(passes)} passes over a tile"
+    passes = list(turns.values()).count(TURNS)
+    assert passes in known, f"{passes} passes over a tile"
     counts = Counter()
     for i, text in enumerate(code):
         around = [turns[a, b] or 1 for a, b in loops if a <= i <= b]
@@ -233,7 +239,7 @@ def measure(name: str) -> dict[str, Any]:
     (mosaic,) = dump.glob("*.resources.txt")
     record |= resources(assembler.read_text(), mosaic.read_text())
     for disassembly in dump.glob("*.sass_ctrl"):
-        record |= per_element(executed(disassembly.read_text()))
+        record |= per_element(executed(disassembly.read_text(), PASSES[coded]))
     return record
 
 
