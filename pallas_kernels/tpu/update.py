@@ -15,31 +15,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.leaves import SUMS, Scalars, Tables
+from pallas_kernels.leaves import SUMS, Tables
 from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
+from pallas_kernels.tpu.passes import Codes, Scratch, update_chunk
 from pallas_kernels.tpu.planes import (
     BUFFER,
     SEMAPHORES,
-    WORDS,
     Copies,
     pack_chunk,
     unpack_chunk,
-    words_of_tile,
 )
 from stquant_jax.codecs import by_halves
-from stquant_jax.rules.apply import apply_block
+from stquant_jax.rules.adam import Adam
 from stquant_jax.storage.arena import Packed
-from stquant_jax.storage.noise import Dither, rounding_bits
-from stquant_jax.storage.planes import GROUP, LANES, codes_of, words_of
+from stquant_jax.storage.planes import LANES
 
 # A byte of mu's scales is stored in tiles of 32 rows, four chunks': they come and go together.
 _BYTES = 32
-_PICKS = 16  # places for blocks of which a row at a traced index is wanted
 
 
-@partial(jax.jit, static_argnames=("body", "chunks", "stochastic", "interpret"))
+@partial(jax.jit, static_argnames=("rule", "terms", "chunks", "stochastic", "interpret"))
 def update_leaf(
-    body: Callable,
+    rule: Adam,
+    terms: Callable,
     chunks: Chunks,
     numbers: Tables,
     g: jax.Array,
@@ -51,9 +49,7 @@ def update_leaf(
     """One leaf's update, as `Chunks.matrix` lays it out.
 
     Args:
-      body: ``body(scalars, g, codes, valid, noise, row) -> (update, codes, terms)``, where codes
-        are (mu, nu, mu_scale, nu_scale, nu_row), uint32, nu None where it has none, and
-        ``row(block, round_row)`` picks a row.
+      terms: as for `pallas_kernels.tpu.passes.update_chunk`.
       numbers: the leaf's row of each table.
       stored: of all leaves, but rows of nu as int32[chunks, 1, 256].
       params: with them the result holds new parameters in place of the update. ``stochastic``:
@@ -87,9 +83,8 @@ def update_leaf(
     def like(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
 
-    block = pltpu.VMEM((ROWS, LANES), jnp.float32)
     update, *stored_, sums = pl.pallas_call(
-        partial(_kernel, body, chunks, stochastic, params is not None),
+        partial(_kernel, rule, terms, chunks, stochastic, params is not None),
         out_shape=[
             like(matrices[-1]),
             *map(like, stored),
@@ -101,14 +96,9 @@ def update_leaf(
             in_specs=[*[chunks.block] * len(matrices), *spaces],
             out_specs=[chunks.block, *spaces, of_tiles],
             scratch_shapes=[
-                *(BUFFER, SEMAPHORES, BUFFER, SEMAPHORES, WORDS),
-                block,  # gradients in, updates out
-                block,  # parameters
-                pltpu.VMEM((ROWS, LANES), jnp.int32),  # rows of nu
+                *(BUFFER, SEMAPHORES, BUFFER, SEMAPHORES),
                 pltpu.VMEM((_BYTES, LANES), jnp.int32),  # scales of mu
-                pltpu.VMEM((CHUNK, LANES), jnp.int32),  # and of nu
-                pltpu.VMEM((SUMS * CHUNK, LANES), jnp.float32),  # terms, by kind and tile
-                pltpu.VMEM((_PICKS, GROUP, LANES), jnp.float32),
+                *Scratch.types(),
             ],
         ),
         # The result takes the place of what it replaces: gradients are rarely used again.
@@ -122,13 +112,13 @@ def update_leaf(
     return update, Packed(*stored_), sums.reshape(-1, SUMS, CHUNK)
 
 
-def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
+def _kernel(rule, terms, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
     s = Tables(whole, keys, real).row(0)
     params_in, refs = (refs[0], refs[1:]) if applied else (None, refs)
     _, mu_scale_in, nu_scale_in, nu_row_in, *refs = refs
     out, arena, mu_scale_out, nu_scale_out, nu_row_out, sums, *refs = refs
-    read, read_sem, write, write_sem, words, data, params, rows, *refs = refs
-    mu_scale, nu_scale, kept, picks = refs
+    read, read_sem, write, write_sem, mu_scale, *refs = refs
+    scratch = Scratch(*refs)
 
     lane_tile, i = pl.program_id(0), pl.program_id(1)
     chunk = lane_tile * chunks.grid[1] + i  # of the leaf
@@ -151,54 +141,37 @@ def _kernel(body, chunks, stochastic, applied, whole, keys, real, g_in, *refs):
     def _():
         mu_scale[...] = mu_scale_in[...].astype(jnp.int32)
 
-    nu_scale[...] = nu_scale_in[...].astype(jnp.int32)
-    rows[...] = jnp.broadcast_to(nu_row_in[0], (LANES, ROWS)).T
-    data[...] = _oriented(g_in, chunks, lane_tile, i)
+    scratch.data[...] = _oriented(g_in, chunks, lane_tile, i)
     if applied:
-        params[...] = _oriented(params_in, chunks, lane_tile, i)
+        scratch.params[...] = _oriented(params_in, chunks, lane_tile, i)
     reads.wait(chunk)
-    unpack_chunk(read, chunk, widths, words)
+    unpack_chunk(read, chunk, widths, scratch.words)
 
-    @pl.loop(0, CHUNK)
-    def _(k):
-        here = pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
-        at_mu, at_nu = pl.ds(quarter * CHUNK + k, 1), pl.ds(k, 1)
-        scales = [_unsigned(x) for x in (mu_scale[at_mu], nu_scale[at_nu], rows[here])]
-        group, valid, element = _places(chunks, s.start, chunk * CHUNK + k)
+    at_mu = pl.ds(pl.multiple_of(quarter * CHUNK, CHUNK), CHUNK)
+    old = Codes(*map(_unsigned, (mu_scale[at_mu], nu_scale_in[...], nu_row_in[0])))
 
-        def run(coded):
-            moments = range(1 + coded)
-            mu, nu = (*(codes_of(words.at[i][words_of_tile(k)]) for i in moments), None)[:2]
-            noise = Dither(s.keys, group, element)
-            update, new, terms = body(
-                s, data[here], (mu, nu, *scales), valid, noise, _picker(picks)
-            )
-            if applied:
-                bits = rounding_bits(s.keys, group, element) if stochastic else None
-                # The rounding to the parameters' dtype comes with the store.
-                update = _apply(params[here], update, s, bits)
-            data[here] = update
-            for moment in moments:
-                words.at[moment][words_of_tile(k)] = words_of(new[moment])
-            mu_scale[at_mu], nu_scale[at_nu], rows[here] = (_signed(x) for x in new[2:])
-            for i, term in enumerate(terms):
-                kept[pl.ds(CHUNK * i + k, 1)] = term
+    def run(coded):
+        new = update_chunk(
+            coded, rule, terms, chunks, s, chunk, old, scratch, applied, stochastic
+        )
+        mu_scale[at_mu] = _signed(new.mu_scale)
+        nu_scale_out[...] = new.nu_scale.astype(nu_scale_out.dtype)
+        nu_row_out[0] = _signed(new.nu_row)
 
-        # Of each leaf one of two programs.
-        for coded in (True, False):
-            pl.when((s.nu_width > 0) == coded)(partial(run, coded))
+    # Of each leaf one of two programs.
+    for coded in (True, False):
+        pl.when((s.nu_width > 0) == coded)(partial(run, coded))
 
     @pl.when(chunk >= 2)
     def _():
         writes.wait(chunk - 2)
 
-    pack_chunk(words, chunk, write)
+    pack_chunk(scratch.words, chunk, write)
     writes.start(chunk)
     mu_scale_out[...] = mu_scale[...].astype(mu_scale_out.dtype)
-    nu_scale_out[...] = nu_scale[...].astype(nu_scale_out.dtype)
-    nu_row_out[0] = rows[...].T[:1]
-    sums[0] = by_halves(jnp.add, kept[...].T)
-    out[...] = (data[...].T if chunks.transposed else data[...]).astype(out.dtype)
+    sums[0] = by_halves(jnp.add, scratch.terms[...].T)
+    data = scratch.data[...]
+    out[...] = (data.T if chunks.transposed else data).astype(out.dtype)
 
     @pl.when(chunk == last)
     def _():
@@ -222,39 +195,8 @@ def _oriented(ref: Any, chunks: Chunks, lane_tile: jax.Array, i: jax.Array) -> j
     return jnp.where((group < chunks.groups) & (lane < lanes), x, 0.0)
 
 
-def _places(
-    chunks: Chunks, start: jax.Array, tile: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Index of the groups, 1 for elements and 0 for padding, index in the group."""
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    group, left = chunks.place._replace(start=start).of_lanes(tile, lane)
-    element = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0)
-    if not chunks.ragged:
-        return group, jnp.ones((GROUP, LANES), jnp.float32), _unsigned(element)
-    return group, jnp.where(element < left, 1.0, 0.0), _unsigned(element)
-
-
-def _picker(picks: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A row at a traced index: a vector has none, memory does. Each block has a place of its own,
-    so that none waits for another."""
-    places = iter(range(_PICKS))
-
-    def row(x: jax.Array, round_row: jax.Array) -> jax.Array:
-        place = next(places)
-        picks[place] = x.astype(jnp.float32)
-        return picks[place, pl.ds(round_row, 1)].astype(x.dtype)
-
-    return row
-
-
-def _apply(p: jax.Array, update: jax.Array, s: Scalars, bits: jax.Array | None) -> jax.Array:
-    p = p if bits is None else p.astype(jnp.bfloat16)
-    new = apply_block(p, update, s.rate, s.decay, bits)
-    return new.astype(jnp.float32)
-
-
 def _unsigned(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint32)
+    return lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
 
 
 def _signed(x: jax.Array) -> jax.Array:

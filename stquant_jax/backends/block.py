@@ -151,3 +151,8 @@ def terms_of(
         gradient2=of(x.g * x.g),
         nu=of(x.nu_used),
     )
+
+
+def terms_of_sample(sample: dict[str, jax.Array], *others: Any) -> Sums:
+    """`terms_of`, for kernels, which know `Sample` by the names of its fields."""
+    return terms_of(Sample(**sample), *others)

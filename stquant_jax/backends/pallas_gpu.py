@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from stquant_jax.backends.block import Sample, slot_numbers, terms_of
+from stquant_jax.backends.block import slot_numbers, terms_of_sample
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.precision.tally import by_leaf, no_sums
 from stquant_jax.rules.adam import Adam, AdamScalars
@@ -20,10 +20,6 @@ def unsupported() -> str | None:
     if jax.__version_info__ < (0, 11):
         return f"it needs jax 0.11 or newer, on Python 3.12 or newer; this is {jax.__version__}"
     return None
-
-
-def _terms(sample, *others):
-    return terms_of(Sample(**sample), *others)
 
 
 def step(
@@ -58,7 +54,7 @@ def step(
     updates, packed, tile_sums = gpu.update(
         layout,
         rule,
-        _terms,
+        terms_of_sample,
         tables,
         kept,
         packed,

@@ -1,7 +1,6 @@
 """The TPU backend: a kernel for each leaf, in the leaves' order, the arena handed from one to the
 next."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,8 +9,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from pallas_kernels import tpu
-from stquant_jax.backends.block import Codes, slot_numbers, update_block
-from stquant_jax.codecs import Ops
+from stquant_jax.backends.block import slot_numbers, terms_of_sample
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.precision.tally import by_leaf, no_sums
 from stquant_jax.rules.adam import Adam, AdamScalars
@@ -20,27 +18,6 @@ from stquant_jax.storage import arena as rows
 from stquant_jax.storage.layout import Layout
 from stquant_jax.storage.planes import GROUP
 from stquant_jax.storage.settings import Storage
-
-
-@dataclass(frozen=True)
-class Body:
-    """A tile's arithmetic; equal for equal rules, so that leaves of one shape share a kernel."""
-
-    rule: Adam
-
-    def __call__(self, s, g, codes, valid, noise, row):
-        return update_block(
-            self.rule,
-            s.rule,
-            g,
-            Codes(*codes),
-            valid,
-            s.lev,
-            s.lat,
-            noise,
-            s.round_row,
-            Ops(row=row),
-        )
 
 
 # The identity, where a program is lowered for a TPU. What it is traced for is not known earlier.
@@ -95,7 +72,8 @@ def step(
         chunks = tpu.Chunks.of(leaf)
         p = apply.params[i] if apply else None
         result, stored, part = tpu.update_leaf(
-            Body(rule),
+            rule,
+            terms_of_sample,
             chunks,
             tpu.Tables(*(table[i : i + 1] for table in tables)),
             tpu.matrix_of(g, leaf, chunks.staged),

@@ -65,7 +65,16 @@ def decode_first(
 ) -> jax.Array:
     """First moment from codes uint32[..., 32, n], scales uint32[..., 1, n] and the other's root,
     which is ``root`` times the group's ``base``. Elementwise."""
-    step = ops.hold(scale_of(scale) * presence(scale, MU_NOT_FINITE) * lev.unit * base)
+    return decoded_first(codes, root, ops.hold(step_of(scale, base, lev)), lev)
+
+
+def step_of(scale: jax.Array, base: jax.Array, lev: Levels) -> jax.Array:
+    """Distance of a group's levels, over its elements' roots."""
+    return decoded_scale(scale) * lev.unit * base
+
+
+def decoded_first(codes: jax.Array, root: jax.Array, step: jax.Array, lev: Levels) -> jax.Array:
+    """First moment from codes, its elements' roots and its group's step."""
     return (to_float(codes) + (lev.low + lev.between)) * (root * step)
 
 

@@ -1,0 +1,516 @@
+"""The update of a chunk, eight tiles: passes over their elements, tile by tile, and between them
+what belongs to groups and to rows, of all eight tiles at once.
+
+A vector register holds 8 x 128 numbers. Of a tile's elements that is a quarter; of its groups there
+are only 128 and of its rows 32, so a formula of these, tile by tile, would leave most of every
+register empty. Here numbers of groups are [8, 128], a tile in each row, and numbers of rows [1,
+256], side by side. Groups are reduced in the order of `by_halves`. Rows are summed over their lanes
+by the matrix unit, whose products with 1 are exact and whose sums come side by side.
+
+mu is divided by roots before the base of its group is known, which is a factor of all of them and
+comes in with the gain. The formulas are those of `stquant_jax.codecs`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.leaves import SUMS, Scalars
+from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
+from pallas_kernels.tpu.planes import WORDS, words_of_tile
+from stquant_jax.codecs import error_of
+from stquant_jax.codecs.first import decoded_first, gain_of, length_of, quantized, step_of
+from stquant_jax.codecs.lattices import (
+    ROW_LAST,
+    Growth,
+    base_of,
+    centring_step,
+    codes_of_rows,
+    decoded_base,
+    grown,
+    last_code,
+    part_of,
+    pull,
+    root_of,
+    root_of_row,
+    row_step,
+    stepped,
+)
+from stquant_jax.codecs.second import decoded_second
+from stquant_jax.rules.adam import Adam
+from stquant_jax.rules.apply import apply_block
+from stquant_jax.storage.noise import Dither, rounding_bits
+from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
+from stquant_jax.storage.planes import GROUP, LANES, codes_of, words_of
+
+SUBLANES = CHUNK  # of a register, which holds a number of each group of a chunk
+MOST = 2.0**127
+# Columns of `Scratch.columns`, first of the old rows, then of the new: so many are made at once.
+BEFORE, AFTER = range(2)
+DOWN, ROOT, INVERSE, SHARE = range(4)
+_COLUMNS = SUBLANES
+
+
+class Scratch(NamedTuple):
+    """A chunk in VMEM. Rows run along the first axis, 32 of each tile."""
+
+    data: Any  # float32[256, 128]: gradients, then updates or new parameters
+    params: Any  # float32[256, 128]
+    words: Any  # `WORDS`
+    mu: Any  # float32[256, 128]: mu, then mu over roots
+    v: Any  # float32[256, 128]: v, then its parts of the groups' energies
+    shapes: Any  # float32[256, 128]: old roots squared, the same for these; nu's new codes
+    columns: Any  # float32[2, 256, 8]: numbers of rows, before and after
+    groups: Any  # float32[4, 8, 128]: numbers of groups that a pass needs
+    places: Any  # int32[2, 8, 128]: index of each group, and how many elements it has
+    parts: Any  # float32[3, 64, 128]: of three sums, for each tile a register yet to be reduced
+    terms: Any  # float32[128, 128]: statistics, by kind and tile
+
+    @classmethod
+    def types(cls) -> list[Any]:
+        """What to allocate."""
+        block, registers = (ROWS, LANES), (CHUNK, LANES)
+        shapes = {name: block for name in ("data", "params", "mu", "v", "shapes")}
+        shapes |= {
+            "columns": (2, ROWS, _COLUMNS),
+            "groups": (4, *registers),
+            "places": (2, *registers),
+            "parts": (3, CHUNK * SUBLANES, LANES),
+            "terms": (SUMS * CHUNK, LANES),
+        }
+        dtypes = {"places": jnp.int32}
+        return [
+            WORDS
+            if name == "words"
+            else pltpu.VMEM(shapes[name], dtypes.get(name, jnp.float32))
+            for name in cls._fields
+        ]
+
+
+class Codes(NamedTuple):
+    """What is stored of a chunk beside its words, uint32."""
+
+    mu_scale: jax.Array  # [8, 128]
+    nu_scale: jax.Array
+    nu_row: jax.Array  # [1, 256]
+
+
+class Group(NamedTuple):
+    """What elements of a group need of it, to make their updates."""
+
+    least: jax.Array  # of nu's codes
+    last: jax.Array
+    on_part: jax.Array  # factors in the v that an update uses: of the element's part
+    on_share: jax.Array  # and of its row's share
+
+
+def update_chunk(
+    coded: bool,
+    rule: Adam,
+    terms: Callable,
+    chunks: Chunks,
+    s: Scalars,
+    chunk: jax.Array,
+    codes: Codes,
+    scratch: Scratch,
+    applied: bool,
+    stochastic: bool,
+) -> Codes:
+    """Decode, rule, encode, everything else in ``scratch``.
+
+    Args:
+      coded: whether nu has codes: another, shorter program if not.
+      terms: from a sample of elements (a dict), the rule, its scalars, levels and lattice to what
+        each element adds to the statistics: at most 16.
+    """
+    this = Passes(coded, rule, chunks, s, chunk, scratch)
+    row = to_float(codes.nu_row)
+    energy, before, sums = this.accumulate(codes, row)
+    growth = grown(energy, this.size, before)
+    this.take_parts(growth)
+    row, energy_of_rows = this.move_rows(growth, row, sums)
+    half = jnp.where(growth.now > 0, 0.5 * energy, 0.0)
+    on_v, on_share = pull(growth.mean, s.lat)
+    least = this.step_codes() if coded else jnp.zeros_like(energy)
+    group = Group(least, last_code(growth, s.lat), on_v * half, on_share)
+    sample = this.sample(group)
+    decoded, largest = this.direct(group, applied, stochastic)
+    if energy_of_rows is not None:
+        decoded = energy_of_rows
+    nu_scale, octaves = base_of(energy, decoded, growth, this.coins.nu_coin)
+    inverse_base = exp2(-octaves)
+    gain = gain_of(largest * inverse_base, s.lev)
+    true, decoded = this.code_first(jnp.minimum(gain * inverse_base, MOST))
+    length = true / (gain * gain)
+    mu_scale = length_of(length, decoded, growth.presence, this.coins.mu_coin)
+    this.report(terms, sample, growth, half, inverse_base, gain, mu_scale)
+    return Codes(mu_scale, nu_scale, to_code(row))
+
+
+@dataclass
+class Passes:
+    """The passes over a chunk, in their order."""
+
+    coded: bool
+    rule: Adam
+    chunks: Chunks
+    s: Scalars
+    chunk: jax.Array
+    scratch: Scratch
+    # Of groups, [8, 128].
+    size: jax.Array = field(init=False)
+    coins: Dither = field(init=False)
+
+    def __post_init__(self) -> None:
+        chunks, places = self.chunks, self.scratch.places
+        self.place = chunks.place._replace(start=self.s.start)
+        tiles = self.chunk * CHUNK + lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0)
+        lanes = lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
+        self.group, left = self.place.of_lanes(tiles, lanes)
+        left = jnp.broadcast_to(left, (CHUNK, LANES))
+        places[0], places[1] = lax.bitcast_convert_type(self.group, jnp.int32), left
+        self.size = jnp.full((CHUNK, LANES), GROUP, jnp.float32)
+        if chunks.ragged:
+            self.size = jnp.clip(left, 0, GROUP).astype(jnp.float32)
+        self.coins = Dither(self.s.keys, self.group, jnp.uint32(0))
+        # Of rows, [1, 256].
+        at = lax.broadcasted_iota(jnp.int32, (1, ROWS), 1)
+        self.tile_of_row, self.element_of_row = at // GROUP, at % GROUP
+
+    @property
+    def alike(self) -> bool:
+        """Whether all elements of a row had the same root."""
+        return not (self.coded or self.chunks.ragged)
+
+    # --- tiles, groups and rows ---
+
+    def each_tile(self, body: Callable[[Any], None]) -> None:
+        pl.loop(0, CHUNK)(lambda k: body(_Tile(self, k)))
+
+    def keep(self, *numbers: jax.Array) -> None:
+        """Numbers of groups for a pass to come: `_Tile.of_groups`."""
+        for i, x in enumerate(numbers):
+            self.scratch.groups[i] = x
+
+    def reduced(self, i: int, combine: Callable) -> jax.Array:
+        """Of groups, what `_Tile.reduce` left of them: by halves."""
+        parts = self.scratch.parts
+        rows = [parts[i, pl.ds(r, CHUNK, stride=SUBLANES)] for r in range(SUBLANES)]
+        while len(rows) > 1:
+            half = len(rows) // 2
+            rows = [combine(rows[r], rows[r + half]) for r in range(half)]
+        return rows[0]
+
+    def keep_rows(self, which: int, *numbers: jax.Array) -> None:
+        """Numbers of rows, [1, 256], for all passes to come: `_Tile.of_rows`."""
+        rest = jnp.zeros((_COLUMNS - len(numbers), ROWS), jnp.float32)
+        self.scratch.columns[which] = jnp.concatenate([*numbers, rest]).T
+
+    def sums_of_rows(self, block: Any) -> jax.Array:
+        """Over the lanes of a [256, 128]: [1, 256]."""
+        ones = jnp.ones((SUBLANES, LANES), jnp.float32)
+        contract = (((1,), (1,)), ((), ()))
+        exact = lax.Precision.HIGHEST
+        sums = lax.dot_general(
+            ones, block[...], contract, precision=exact, preferred_element_type=jnp.float32
+        )
+        return sums[:1]
+
+    def of_tiles(self, x: jax.Array) -> jax.Array:
+        """A number of each tile, [8, 1], for each row: [1, 256]."""
+        here = lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 0) == self.tile_of_row
+        return jnp.sum(jnp.where(here, x, 0.0), axis=0, keepdims=True)
+
+    def over_tiles(self, reduce: Callable, x: jax.Array, neutral: float) -> jax.Array:
+        """Of rows, [1, 256], a number of each tile: [8, 1]."""
+        here = lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 0) == self.tile_of_row
+        return reduce(jnp.where(here, x, neutral), axis=1, keepdims=True)
+
+    def round_row(self, block: Any) -> jax.Array:
+        """The round-robin row of every tile, [8, ...]."""
+        return block[pl.ds(self.s.round_row, CHUNK, stride=GROUP)]
+
+    # --- passes ---
+
+    def accumulate(self, codes: Codes, row: jax.Array) -> list[jax.Array]:
+        """New moments, and the roots squared that they grow out of. Per group: its energy, that
+        before over its base, and the sum of nu's codes."""
+        s, scratch = self.s, self.scratch
+        base = decoded_base(codes.nu_scale)
+        self.keep(base, step_of(codes.mu_scale, base, s.lev))
+        root = root_of_row(row)
+        self.keep_rows(BEFORE, root, root)
+
+        def tile(t):
+            base, step = t.of_groups(2)
+            mu_codes, nu_codes = t.codes(0), t.codes(1) if self.coded else None
+            old = decoded_second(nu_codes, base, t.of_rows(BEFORE, ROOT), t.valid, s.lat)
+            mu = decoded_first(mu_codes, old.root, step, s.lev)
+            mu, v = self.rule.accumulate(scratch.data[t.here], mu, old.v, s.rule)
+            scratch.mu[t.here], scratch.v[t.here] = mu, v
+            shape = jnp.broadcast_to(old.shape, (GROUP, LANES))
+            t.reduce(0, jnp.add, v)
+            t.reduce(1, jnp.add, shape)
+            if not self.alike:
+                scratch.shapes[t.here] = shape
+            if self.coded:
+                t.reduce(2, jnp.add, old.codes * t.valid)
+
+        self.each_tile(tile)
+        return [self.reduced(i, jnp.add) for i in range(2 + self.coded)] + [None] * (not self.coded)
+
+    def take_parts(self, growth: Growth) -> None:
+        """Elements' parts of their group's energy, in place of v, and before, in place of
+        shapes."""
+        scratch = self.scratch
+        self.keep(growth.now, growth.before)
+
+        def tile(t):
+            now, before = t.of_groups(2)
+            growth_ = growth._replace(now=now)
+            scratch.v[t.here] = part_of(scratch.v[t.here], growth_)
+            if not self.alike:
+                scratch.shapes[t.here] *= before
+
+        self.each_tile(tile)
+
+    def move_rows(
+        self, growth: Growth, row: jax.Array, sums: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Let all rows follow their elements, and centre the codes of the round-robin ones.
+
+        Returns:
+          The new rows, and, where these are all there is, the energy that they say, per tile.
+        """
+        s, scratch = self.s, self.scratch
+        group, left = self.place.of_lanes(
+            self.chunk * CHUNK + self.tile_of_row, jnp.zeros((1, ROWS), jnp.int32)
+        )
+        now = self.sums_of_rows(scratch.v)
+        if self.alike:
+            root = root_of_row(row)
+            over_lanes = jnp.sum(growth.before, axis=1, keepdims=True)
+            before = root * root * self.of_tiles(over_lanes)
+        else:
+            before = self.sums_of_rows(scratch.shapes)
+        element = lax.bitcast_convert_type(self.element_of_row, jnp.uint32)
+        dither = Dither(s.keys, group, element).nu
+        moved = row + row_step(now, before, dither, self.coded)
+        if self.coded:
+            moved += self.centring(growth, sums, dither)
+        count = jnp.clip(left, 0, GROUP)
+        known = self.element_of_row < count
+        lowest = -self.over_tiles(
+            jnp.max, jnp.where(known, -moved, -float(ROW_LAST)), -float(ROW_LAST)
+        )
+        lowest = self.of_tiles(lowest)
+        moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
+        down, row = codes_of_rows(moved - row, s.lat), moved - lowest
+        root, inverse = root_of_row(row), root_of_row(-row)
+        energy = self.over_tiles(jnp.sum, jnp.where(known, root * root, 0.0), 0.0)
+        size = jnp.maximum(count, 1).astype(jnp.float32)  # a tile that only aligns has no elements
+        share = root * root / jnp.maximum(self.of_tiles(energy) / size, TINY)
+        self.keep_rows(AFTER, down, root, inverse, share)
+        return row, jnp.broadcast_to(energy, (CHUNK, LANES)) if self.alike else None
+
+    def centring(self, growth: Growth, sums: jax.Array | None, dither: jax.Array) -> jax.Array:
+        """Steps of each row, [1, 256]: none but the round-robin ones make one."""
+        s, alive = self.s, jnp.where(growth.presence == 1.0, jnp.float32(1), jnp.float32(0))
+        i = s.round_row  # word r of tile k is in row 8 r + k
+        words = self.scratch.words[1, pl.ds(pl.multiple_of((i & 7) * CHUNK, CHUNK), CHUNK)]
+        old = to_float((words >> (i >> 3 << 3).astype(jnp.uint32)) & jnp.uint32(0xFF))
+        here = s.round_row < self.size.astype(jnp.int32)
+        valid = jnp.where(here, alive, 0.0)
+        each = (valid * old, valid, alive * sums, alive * self.size)
+        over = [self.of_tiles(jnp.sum(x, axis=1, keepdims=True)) for x in each]
+        step = centring_step(*over, s.lat, dither)
+        return jnp.where(self.element_of_row == s.round_row, step, 0.0)
+
+    def step_codes(self) -> jax.Array:
+        """nu's codes move with the drift of their elements. Per group: the least."""
+        scratch = self.scratch
+
+        def tile(t):
+            now, before = scratch.v[t.here], scratch.shapes[t.here]
+            dither = t.noise.nu
+            old = to_float(t.codes(1))
+            codes = stepped(old, now, before, t.of_rows(AFTER, DOWN), self.s.lat, dither)
+            scratch.shapes[t.here] = codes
+            t.reduce(0, jnp.minimum, codes)
+
+        self.each_tile(tile)
+        return self.reduced(0, jnp.minimum)
+
+    def result(
+        self, g: jax.Array, mu: jax.Array, part: jax.Array, share: jax.Array, group: Group
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of elements: their updates, and v as those used it."""
+        v_used = group.on_part * part + group.on_share * share
+        return self.rule.direction(g, mu, v_used, self.s.rule), v_used
+
+    def direct(self, group: Group, applied: bool, stochastic: bool) -> tuple[jax.Array, jax.Array]:
+        """nu's codes, packed; updates, or new parameters; mu over roots, in place of mu. Per group:
+        the energy that is decoded, and the largest of mu over roots."""
+        s, scratch = self.s, self.scratch
+        self.keep(*group)
+
+        def tile(t):
+            of_group = Group(*t.of_groups(4))
+            mu, root = scratch.mu[t.here], t.of_rows(AFTER, ROOT)
+            update, _ = self.result(
+                scratch.data[t.here], mu, scratch.v[t.here], t.of_rows(AFTER, SHARE), of_group
+            )
+            if applied:
+                bits = None
+                if stochastic:
+                    bits = rounding_bits(s.keys, t.group, t.element)
+                # The rounding to the parameters' dtype comes with the store.
+                update = _apply(scratch.params[t.here], update, s, bits)
+            scratch.data[t.here] = update
+            if self.coded:
+                codes = scratch.shapes[t.here] - of_group.least
+                codes = to_code(jnp.minimum(codes, of_group.last))
+                t.put_codes(1, codes)
+                root = root_of(codes, s.lat) * root
+                e = mu / root
+            else:
+                e = mu * t.of_rows(AFTER, INVERSE)
+            scratch.mu[t.here] = e
+            t.reduce(1, jnp.maximum, jnp.abs(e))
+            if not self.alike:
+                t.reduce(0, jnp.add, root * root * t.valid)
+
+        self.each_tile(tile)
+        largest = self.reduced(1, jnp.maximum)
+        return (largest if self.alike else self.reduced(0, jnp.add)), largest
+
+    def code_first(self, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """mu's codes, packed. Per group: the length, squared, in codes; that decoded, in scales."""
+        lev, scratch = self.s.lev, self.scratch
+        self.keep(gain)
+
+        def tile(t):
+            (gain,) = t.of_groups(1)
+            e = scratch.mu[t.here]
+            q = quantized(e, gain, lev, t.noise.mu)
+            t.put_codes(0, to_code(q, lev.low))
+            level = q + lev.between
+            t.reduce(0, jnp.add, jnp.square(e * gain))
+            t.reduce(1, jnp.add, level * level * t.valid)
+
+        self.each_tile(tile)
+        true, decoded = (self.reduced(i, jnp.add) for i in range(2))
+        return true, decoded * (lev.unit * lev.unit)
+
+    # --- statistics ---
+
+    def sample(self, group: Group) -> dict[str, jax.Array]:
+        """What is overwritten before statistics are taken, of the round-robin rows, [8, 128]."""
+        scratch, pick = self.scratch, self.round_row
+        g, part = pick(scratch.data), pick(scratch.v)
+        rows = pick(scratch.columns.at[AFTER])
+        root, share = (rows[:, what : what + 1] for what in (ROOT, SHARE))
+        update, v_used = self.result(g, pick(scratch.mu), part, share, group)
+        zero = jnp.zeros_like(g)
+        codes = zero
+        if self.coded:
+            codes = jnp.minimum(pick(scratch.shapes) - group.least, group.last)
+            root = root_of(to_code(codes), self.s.lat) * root
+        return {
+            "g": g,
+            "update": update,
+            "nu": part,
+            "nu_used": v_used,
+            "predicted": zero + share,
+            "inverse_root": zero + root,
+            "nu_code": codes,
+        }
+
+    def report(
+        self,
+        terms: Callable,
+        sample: dict[str, jax.Array],
+        growth: Growth,
+        half: jax.Array,
+        inverse_base: jax.Array,
+        gain: jax.Array,
+        mu_scale: jax.Array,
+    ) -> None:
+        """Statistics, from `sample` and what is known of groups since."""
+        s = self.s
+        e = self.round_row(self.scratch.mu) * inverse_base
+        i = s.round_row.astype(jnp.uint32)
+        q = quantized(e, gain, s.lev, Dither(s.keys, self.group, i).mu)
+        code = q - s.lev.low
+        valid = jnp.where(s.round_row < self.size.astype(jnp.int32), 1.0, 0.0)
+        sample = sample | {
+            "present": valid * growth.presence == 1.0,
+            "nu": sample["nu"] * half,
+            "predicted": sample["predicted"] * growth.mean,
+            "inverse_root": inverse_base / sample["inverse_root"],
+            "mu_code": code,
+            "mu_error": error_of(e, code, mu_scale, s.lev),
+        }
+        for k, term in enumerate(terms(sample, self.rule, s.rule, s.lev, s.lat)):
+            self.scratch.terms[CHUNK * k : CHUNK * (k + 1)] = term
+
+
+class _Tile:
+    """A tile of a chunk, in one of its passes."""
+
+    def __init__(self, passes: Passes, k: jax.Array):
+        self.passes, self.scratch, self.k = passes, passes.scratch, k
+        self.here = pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
+        self.element = lax.bitcast_convert_type(
+            lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0), jnp.uint32
+        )
+
+    def of_groups(self, n: int) -> list[jax.Array]:
+        """What was kept of groups, [1, 128]."""
+        return [self.scratch.groups[i, pl.ds(self.k, 1)] for i in range(n)]
+
+    def of_rows(self, which: int, what: int) -> jax.Array:
+        """What was kept of rows, [32, 1]."""
+        return self.scratch.columns[which, self.here, pl.ds(what, 1)]
+
+    @property
+    def group(self) -> jax.Array:
+        return lax.bitcast_convert_type(self.scratch.places[0, pl.ds(self.k, 1)], jnp.uint32)
+
+    @property
+    def noise(self) -> Dither:
+        return Dither(self.passes.s.keys, self.group, self.element)
+
+    @property
+    def valid(self) -> Any:
+        """1 for elements, 0 for padding."""
+        if not self.passes.chunks.ragged:
+            return jnp.float32(1)
+        left = self.scratch.places[1, pl.ds(self.k, 1)]
+        element = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0)
+        return jnp.where(element < left, 1.0, 0.0)
+
+    def codes(self, moment: int) -> jax.Array:
+        return codes_of(self.scratch.words.at[moment][words_of_tile(self.k)])
+
+    def put_codes(self, moment: int, codes: jax.Array) -> None:
+        self.scratch.words.at[moment][words_of_tile(self.k)] = words_of(codes)
+
+    def reduce(self, i: int, combine: Callable, x: jax.Array) -> None:
+        """A group's 32 elements to eight, for `Passes.reduced`."""
+        while len(x) > SUBLANES:
+            x = combine(x[: len(x) // 2], x[len(x) // 2 :])
+        at = pl.ds(pl.multiple_of(self.k * SUBLANES, SUBLANES), SUBLANES)
+        self.scratch.parts[i, at] = x
+
+
+def _apply(p: jax.Array, update: jax.Array, s: Scalars, bits: jax.Array | None) -> jax.Array:
+    p = p if bits is None else p.astype(jnp.bfloat16)
+    new = apply_block(p, update, s.rate, s.decay, bits)
+    return new.astype(jnp.float32)
