@@ -13,6 +13,7 @@ comes in with the gain. The formulas are those of `stquant_jax.codecs`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ from stquant_jax.storage.planes import GROUP, LANES, codes_of, words_of
 
 SUBLANES = CHUNK  # of a register, which holds a number of each group of a chunk
 MOST = 2.0**127
+UNROLLED = 4  # tiles at a time in a pass, or one waits for itself
 # Columns of `Scratch.columns`, first of the old rows, then of the new: so many are made at once.
 BEFORE, AFTER = range(2)
 DOWN, ROOT, INVERSE, SHARE = range(4)
@@ -181,7 +183,7 @@ class Passes:
         self.coins = Dither(self.s.keys, self.group, jnp.uint32(0))
         # Of rows, [1, 256].
         at = lax.broadcasted_iota(jnp.int32, (1, ROWS), 1)
-        self.tile_of_row, self.element_of_row = at // GROUP, at % GROUP
+        self.tile_of_row, self.element_of_row = lax.div(at, GROUP), lax.rem(at, GROUP)
 
     @property
     def alike(self) -> bool:
@@ -191,7 +193,7 @@ class Passes:
     # --- tiles, groups and rows ---
 
     def each_tile(self, body: Callable[[Any], None]) -> None:
-        pl.loop(0, CHUNK)(lambda k: body(_Tile(self, k)))
+        pl.loop(0, CHUNK, unroll=UNROLLED)(lambda k: body(_Tile(self, k)))
 
     def keep(self, *numbers: jax.Array) -> None:
         """Numbers of groups for a pass to come: `_Tile.of_groups`."""
@@ -200,8 +202,8 @@ class Passes:
 
     def reduced(self, i: int, combine: Callable) -> jax.Array:
         """Of groups, what `_Tile.reduce` left of them: by halves."""
-        parts = self.scratch.parts
-        rows = [parts[i, pl.ds(r, CHUNK, stride=SUBLANES)] for r in range(SUBLANES)]
+        parts = self.scratch.parts.at[i]
+        rows = [parts[pl.ds(r, CHUNK, stride=SUBLANES)] for r in range(SUBLANES)]
         while len(rows) > 1:
             half = len(rows) // 2
             rows = [combine(rows[r], rows[r + half]) for r in range(half)]
@@ -210,17 +212,17 @@ class Passes:
     def keep_rows(self, which: int, *numbers: jax.Array) -> None:
         """Numbers of rows, [1, 256], for all passes to come: `_Tile.of_rows`."""
         rest = jnp.zeros((_COLUMNS - len(numbers), ROWS), jnp.float32)
-        self.scratch.columns[which] = jnp.concatenate([*numbers, rest]).T
+        x = jnp.concatenate([*numbers, rest])
+        # Turned over: as products with the identity that is a fraction of a transposition.
+        at = partial(lax.broadcasted_iota, jnp.int32, (LANES, LANES))
+        identity = jnp.where(at(0) == at(1), 1.0, 0.0).astype(jnp.bfloat16)
+        for half in range(0, ROWS, LANES):
+            columns = _product(identity, x[:, half : half + LANES])
+            self.scratch.columns[which, half : half + LANES] = columns
 
     def sums_of_rows(self, block: Any) -> jax.Array:
         """Over the lanes of a [256, 128]: [1, 256]."""
-        ones = jnp.ones((SUBLANES, LANES), jnp.float32)
-        contract = (((1,), (1,)), ((), ()))
-        exact = lax.Precision.HIGHEST
-        sums = lax.dot_general(
-            ones, block[...], contract, precision=exact, preferred_element_type=jnp.float32
-        )
-        return sums[:1]
+        return _product(jnp.ones((SUBLANES, LANES), jnp.bfloat16), block[...])[:1]
 
     def of_tiles(self, x: jax.Array) -> jax.Array:
         """A number of each tile, [8, 1], for each row: [1, 256]."""
@@ -508,6 +510,18 @@ class _Tile:
             x = combine(x[: len(x) // 2], x[len(x) // 2 :])
         at = pl.ds(pl.multiple_of(self.k * SUBLANES, SUBLANES), SUBLANES)
         self.scratch.parts[i, at] = x
+
+
+def _product(ones: jax.Array, x: jax.Array) -> jax.Array:
+    """ones x.T in float32, of bfloat16 that are 0 or 1 and of float32, cut into the three bfloat16
+    that hold it exactly."""
+    product = jnp.zeros((len(ones), len(x)), jnp.float32)
+    for _ in range(3):
+        part = x.astype(jnp.bfloat16)
+        contract = (((1,), (1,)), ((), ()))
+        product += lax.dot_general(ones, part, contract, preferred_element_type=jnp.float32)
+        x -= part.astype(jnp.float32)
+    return product
 
 
 def _apply(p: jax.Array, update: jax.Array, s: Scalars, bits: jax.Array | None) -> jax.Array:

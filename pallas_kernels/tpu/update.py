@@ -32,6 +32,7 @@ from stquant_jax.storage.planes import LANES
 
 # A byte of mu's scales is stored in tiles of 32 rows, four chunks': they come and go together.
 _BYTES = 32
+PROGRAMS = True, False  # of a leaf: with codes of nu and without
 
 
 @partial(jax.jit, static_argnames=("rule", "terms", "chunks", "stochastic", "interpret"))
@@ -158,8 +159,7 @@ def _kernel(rule, terms, chunks, stochastic, applied, whole, keys, real, g_in, *
         nu_scale_out[...] = new.nu_scale.astype(nu_scale_out.dtype)
         nu_row_out[0] = _signed(new.nu_row)
 
-    # Of each leaf one of two programs.
-    for coded in (True, False):
+    for coded in PROGRAMS:
         pl.when((s.nu_width > 0) == coded)(partial(run, coded))
 
     @pl.when(chunk >= 2)

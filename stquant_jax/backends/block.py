@@ -20,6 +20,7 @@ from stquant_jax.codecs import (
     lattice,
     levels,
 )
+from stquant_jax.codecs.ops import take_row
 from stquant_jax.precision import Plan, Sums
 from stquant_jax.rules.adam import Adam, AdamScalars
 from stquant_jax.storage.noise import Dither
@@ -82,7 +83,7 @@ def update_block(
     elements = valid, g, update, nu, new.v_used, new.share, new.inverse_root, e, codes
     # What a tile's round-robin row has of it, [..., 1, n]: held, or it is picked in the midst of
     # what is computed of it, which is slow.
-    rows = hold(jax.tree.map(lambda x: ops.row(jnp.broadcast_to(x, g.shape), round_row), elements))
+    rows = hold(jax.tree.map(lambda x: take_row(jnp.broadcast_to(x, g.shape), round_row), elements))
     valid_, g_, update_, nu_, nu_used, share, inverse_root, e_, (mu_code, nu_code) = rows
     mu_code = to_float(mu_code)
     sample = Sample(

@@ -36,12 +36,10 @@ class Ops(NamedTuple):
       hold: keeps values in memory, where a compiler would rather compute them again for every use,
         those of a group for every element.
       fold: reduces the group axis, in the order of `by_halves`.
-      row: picks the round-robin row.
     """
 
     hold: Hold = lambda x: x
     fold: Callable[[Combine, jax.Array], jax.Array] = by_halves
-    row: Callable[[jax.Array, jax.Array], jax.Array] = take_row
 
 
 def group_sum(x: jax.Array, ops: Ops = Ops()) -> jax.Array:  # noqa: B008

@@ -37,7 +37,7 @@ from stquant_jax.codecs.lattices import (
     row_step,
     stepped,
 )
-from stquant_jax.codecs.ops import Ops, group_max, group_min, group_sum
+from stquant_jax.codecs.ops import Ops, group_max, group_min, group_sum, take_row
 from stquant_jax.storage.numerics import TINY, exp2, log2, to_code, to_float
 from stquant_jax.storage.planes import GROUP
 
@@ -210,8 +210,8 @@ def _centring(
     """Steps of each row, [..., 32, 1]: none but the round-robin row makes one."""
     alive = jnp.where(present == 1.0, jnp.float32(1), jnp.float32(0))
     tile = over_lanes(alive * group_sum(codes * valid, ops)), over_lanes(alive * count)
-    living = alive * ops.row(valid, round_row)
-    here = over_lanes(living * ops.row(codes, round_row)), over_lanes(living)
+    living = alive * take_row(valid, round_row)
+    here = over_lanes(living * take_row(codes, round_row)), over_lanes(living)
     step = centring_step(*here, *tile, lat, dither)
     centred = jax.lax.broadcasted_iota(jnp.int32, (GROUP, 1), 0) == round_row
     return jnp.where(centred, step, 0.0)

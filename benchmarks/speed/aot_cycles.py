@@ -1,0 +1,144 @@
+"""Cycles of the TPU kernel, without a TPU: counted in the schedule that libtpu's compiler writes.
+
+One leaf's update is compiled for each chip, the program with codes of nu and the one without apart,
+each in a process of its own, since libtpu reads its flags once. A line of the schedule is a bundle
+of instructions, a cycle, empty ones included. A step of the kernel's grid is a chunk of eight
+tiles: it is counted with its passes as often as they turn, with its loops over planes once for each
+of four, and with what only its first or last chunk does. Waits for copies, for instructions and for
+banks of memory are not in it: a bound, not a forecast.
+
+    python -m benchmarks.speed.aot_cycles
+
+`pip install '.[aot]'` brings libtpu, whose format and flags these are: 0.0.42 was read.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+import stquant_jax as stquant
+from benchmarks import _io
+from benchmarks.memory.traffic import step_bytes
+from benchmarks.speed import aot
+from pallas_kernels.tpu import update
+from pallas_kernels.tpu.chunks import CHUNK
+from pallas_kernels.tpu.passes import UNROLLED
+from stquant_jax.storage.planes import TILE
+
+SHAPE, WIDTHS = (768, 3072), (4, 3)
+# Cycles and bytes a second: peak operations over those of a core's matrix units, and Google Cloud's
+# documentation. What v6e's clock is does not follow.
+CHIPS = {"v5e": (1.5e9, 0.82e12), "v5p": (1.75e9, 2.77e12), "v6e": (None, 1.6e12)}
+KERNEL = "stquant_update"
+FLAGS = (
+    "--xla_msa_enable=false"  # a leaf alone would be put into the chip's own memory whole
+    " --xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
+    " --xla_jf_dump_llo_pass_label_regex=final_bundles|packed-bundles-post-ra"
+)
+BUNDLE_BYTES = 64  # of code: the program's bytes over its bundles
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})?: *>* *\{", re.M)
+_JUMP = re.compile(r"target bundleno = (\d+)")
+DELAY = 4  # bundles after a jump that are executed before it
+
+
+def compile_leaf(chip: str, coded: bool) -> dict[str, Any]:
+    """In a process that has libtpu's flags."""
+    update.PROGRAMS = (coded,)
+    storage = stquant.Storage(backend="pallas_tpu")
+    tx = stquant.scale_by_adam_q(precision=stquant.Fixed(*WIDTHS), storage=storage)
+    params = {"leaf": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+    program = aot.compile_for(chip, tx.update, params, jax.eval_shape(tx.init, params), donate=(1,))
+    call = next(line for line in program.as_text().splitlines() if "tpu_custom_call" in line)
+    return {"vmem_bytes": int(re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)[1])}
+
+
+def cycles(schedule: str) -> dict[str, float]:
+    """Per tile: those of passes over elements, and all others of a step."""
+    starts = [m.start() for m in _BUNDLE.finditer(schedule)]
+    ends = [*starts[1:], len(schedule)]
+    bundles = [schedule[a:b] for a, b in zip(starts, ends, strict=True)]
+    jumps = [(int(m[1]), i) for i, text in enumerate(bundles) for m in _JUMP.finditer(text)]
+    loops = [(first, at + DELAY) for first, at in jumps if first <= at]
+    grid = max(loops, key=lambda loop: loop[1] - loop[0])
+    inner = [x for x in loops if x != grid and grid[0] <= x[0] and x[1] <= grid[1]]
+    passes, turned, others = [], 0, grid[1] - grid[0] + 1
+    for first, last in inner:
+        length = last - first + 1
+        vectors = sum(len(re.findall(r"= v[a-z]", text)) for text in bundles[first : last + 1])
+        others -= length
+        if vectors > length / 2:
+            passes.append(length)
+        else:
+            turned += length * WIDTHS[0]
+    assert len(passes) in (4, 5), f"{len(passes)} passes over a chunk"
+    told = sum(passes) * CHUNK // UNROLLED, others + turned
+    return dict(zip(("passes", "others"), (round(x / CHUNK, 1) for x in told), strict=True))
+
+
+def measure(chip: str, coded: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        record, dump = Path(folder) / "record.json", Path(folder) / "dump"
+        environment = os.environ | {
+            "LIBTPU_INIT_ARGS": FLAGS.format(dump),
+            "TPU_SKIP_MDS_QUERY": "1",
+            "JAX_PLATFORMS": "cpu",
+        }
+        of = ["--of", chip, str(int(coded)), "--json", str(record)]
+        command = [sys.executable, "-m", "benchmarks.speed.aot_cycles", *of]
+        subprocess.run(command, env=environment, check=True)
+        files = {x.name: x for x in dump.rglob(f"*{KERNEL}*.txt")}
+        schedule, final = (
+            next(path for name, path in files.items() if label in name).read_text()
+            for label in ("packed-bundles-post-ra", "final_bundles")
+        )
+        count = cycles(schedule)
+        clock, bandwidth = CHIPS[chip]
+        bits = sum(WIDTHS) if coded else WIDTHS[0]
+        stored = bits / 8 + 3 / 32 + 32 / TILE
+        return (
+            _io.read_json(record)
+            | {"code_bytes": BUNDLE_BYTES * len(_BUNDLE.findall(final)), "cycles_per_tile": count}
+            | {
+                "ns_per_tile": clock and round(sum(count.values()) / clock * 1e9),
+                "ns_of_bytes": round(step_bytes(stored) * TILE / bandwidth * 1e9),
+                "ns_of_float32_adam": round(step_bytes(8) * TILE / bandwidth * 1e9),
+            }
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--of", nargs=2, help="in this process: a chip, and whether nu has codes")
+    parser.add_argument("--json", type=Path, default=_io.RESULTS / "aot_cycles.json")
+    options = parser.parse_args()
+    if options.of:
+        _io.write_json(options.json, compile_leaf(options.of[0], options.of[1] == "1"))
+        return
+    kernels = {
+        f"{chip}{'' if coded else ', no codes'}": measure(chip, coded)
+        for chip in CHIPS
+        for coded in (True, False)
+    }
+    _io.write_json(options.json, {"environment": _io.environment(), "kernels": kernels})
+    table = Table("kernel", "cycles a tile", "passes", "ns", "ns of bytes", "VMEM", "code")
+    for name, x in kernels.items():
+        n = x["cycles_per_tile"]
+        told = sum(n.values()), n["passes"], x["ns_per_tile"], x["ns_of_bytes"]
+        table.add_row(name, *map(str, (*told, x["vmem_bytes"], x["code_bytes"])))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
