@@ -98,8 +98,8 @@ def measure(chip: str, coded: bool) -> dict[str, Any]:
         subprocess.run(command, env=environment, check=True)
         files = {x.name: x for x in dump.rglob(f"*{KERNEL}*.txt")}
         schedule, final = (
-            next(path for name, path in files.items() if label in name).read_text()
-            for label in ("packed-bundles-post-ra", "final_bundles")
+            next(x for name, x in files.items() if name.endswith(label)).read_text()
+            for label in ("-packed-bundles-post-ra.txt", "-final_bundles.txt")
         )
         count = cycles(schedule)
         clock, bandwidth = CHIPS[chip]
