@@ -1,11 +1,10 @@
 """Cycles of the TPU kernel, without a TPU: counted in the schedule that libtpu's compiler writes.
 
-One leaf's update is compiled for each chip, the program with codes of nu and the one without apart,
-each in a process of its own, since libtpu reads its flags once. A line of the schedule is a bundle
+One leaf's update is compiled for each chip, in a process of its own, since libtpu reads its flags
+once. A line of the schedule is a bundle
 of instructions, a cycle, empty ones included. A step of the kernel's grid is a chunk of eight
-tiles: it is counted with its passes as often as they turn, with its loops over planes once for each
-of four, and with what only its first or last chunk does. Waits for copies, for instructions and for
-banks of memory are not in it: a bound, not a forecast.
+tiles: its passes count as often as they turn, its loops over planes as the widths say. Waits for
+copies, for instructions and for banks of memory are not in it: a bound, not a forecast.
 
     python -m benchmarks.speed.aot_cycles
 
@@ -25,15 +24,15 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 import stquant_jax as stquant
 from benchmarks import _io
-from benchmarks.memory.traffic import step_bytes
+from benchmarks.memory.traffic import ADAM, step_bytes
 from benchmarks.speed import aot
-from pallas_kernels.tpu import update
 from pallas_kernels.tpu.chunks import CHUNK
 from pallas_kernels.tpu.passes import UNROLLED
-from stquant_jax.storage.planes import TILE
+from stquant_jax.storage.planes import GROUP, TILE
 
 SHAPE, WIDTHS = (768, 3072), (4, 3)
 # Cycles and bytes a second: peak operations over those of a core's matrix units, and Google Cloud's
@@ -46,14 +45,19 @@ FLAGS = (
     " --xla_jf_dump_llo_pass_label_regex=final_bundles|packed-bundles-post-ra"
 )
 BUNDLE_BYTES = 64  # of code: the program's bytes over its bundles
+# The kernel's loops over a moment's planes, in their order: started for the first chunk, for the next
+# one and waited for; waited for, started, and twice waited for behind the last. 1: at every step.
+COPIES = 0, 1, 1, 1, 1, 0, 0
+# Its passes: whether they turn where nu has codes, and where it has none.
+BOTH, CODED, UNCODED = (True, False), (True,), (False,)
+PASSES = CODED, UNCODED, BOTH, CODED, CODED, UNCODED, BOTH
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})?: *>* *\{", re.M)
 _JUMP = re.compile(r"target bundleno = (\d+)")
 DELAY = 4  # bundles after a jump that are executed before it
 
 
-def compile_leaf(chip: str, coded: bool) -> dict[str, Any]:
+def compile_leaf(chip: str) -> dict[str, Any]:
     """In a process that has libtpu's flags."""
-    update.PROGRAMS = (coded,)
     storage = stquant.Storage(backend="pallas_tpu")
     tx = stquant.scale_by_adam_q(precision=stquant.Fixed(*WIDTHS), storage=storage)
     params = {"leaf": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
@@ -62,7 +66,7 @@ def compile_leaf(chip: str, coded: bool) -> dict[str, Any]:
     return {"vmem_bytes": int(re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)[1])}
 
 
-def cycles(schedule: str) -> dict[str, float]:
+def cycles(schedule: str, coded: bool) -> dict[str, float]:
     """Per tile: those of passes over elements, and all others of a step."""
     starts = [m.start() for m in _BUNDLE.finditer(schedule)]
     ends = [*starts[1:], len(schedule)]
@@ -70,22 +74,23 @@ def cycles(schedule: str) -> dict[str, float]:
     jumps = [(int(m[1]), i) for i, text in enumerate(bundles) for m in _JUMP.finditer(text)]
     loops = [(first, at + DELAY) for first, at in jumps if first <= at]
     grid = max(loops, key=lambda loop: loop[1] - loop[0])
-    inner = [x for x in loops if x != grid and grid[0] <= x[0] and x[1] <= grid[1]]
-    passes, turned, others = [], 0, grid[1] - grid[0] + 1
-    for first, last in inner:
+    passes, planes = [], []
+    for first, last in sorted(loops):
+        if (first, last) == grid or first < grid[0] or last > grid[1]:
+            continue
         length = last - first + 1
         vectors = sum(len(re.findall(r"= v[a-z]", text)) for text in bundles[first : last + 1])
-        others -= length
-        if vectors > length / 2:
-            passes.append(length)
-        else:
-            turned += length * WIDTHS[0]
-    assert len(passes) in (4, 5), f"{len(passes)} passes over a chunk"
-    told = sum(passes) * CHUNK // UNROLLED, others + turned
-    return dict(zip(("passes", "others"), (round(x / CHUNK, 1) for x in told), strict=True))
+        (passes if vectors > length / 2 else planes).append(length)
+    widths = WIDTHS if coded else (WIDTHS[0], 0)
+    each = [width * happens for happens in COPIES for width in widths]
+    copies = sum(length * turns for length, turns in zip(planes, each, strict=True))
+    run = [length for length, with_codes in zip(passes, PASSES, strict=True) if coded in with_codes]
+    others = grid[1] - grid[0] + 1 - sum(passes) - sum(planes) + copies
+    told = {"passes": sum(run) * CHUNK // UNROLLED, "others": others}
+    return {name: round(n / CHUNK, 1) for name, n in told.items()}
 
 
-def measure(chip: str, coded: bool) -> dict[str, Any]:
+def measure(chip: str) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         record, dump = Path(folder) / "record.json", Path(folder) / "dump"
         environment = os.environ | {
@@ -93,7 +98,7 @@ def measure(chip: str, coded: bool) -> dict[str, Any]:
             "TPU_SKIP_MDS_QUERY": "1",
             "JAX_PLATFORMS": "cpu",
         }
-        of = ["--of", chip, str(int(coded)), "--json", str(record)]
+        of = ["--of", chip, "--json", str(record)]
         command = [sys.executable, "-m", "benchmarks.speed.aot_cycles", *of]
         subprocess.run(command, env=environment, check=True)
         files = {x.name: x for x in dump.rglob(f"*{KERNEL}*.txt")}
@@ -101,41 +106,43 @@ def measure(chip: str, coded: bool) -> dict[str, Any]:
             next(x for name, x in files.items() if name.endswith(label)).read_text()
             for label in ("-packed-bundles-post-ra.txt", "-final_bundles.txt")
         )
-        count = cycles(schedule)
-        clock, bandwidth = CHIPS[chip]
-        bits = sum(WIDTHS) if coded else WIDTHS[0]
-        stored = bits / 8 + 3 / 32 + 32 / TILE
-        return (
-            _io.read_json(record)
-            | {"code_bytes": BUNDLE_BYTES * len(_BUNDLE.findall(final)), "cycles_per_tile": count}
-            | {
-                "ns_per_tile": clock and round(sum(count.values()) / clock * 1e9),
-                "ns_of_bytes": round(step_bytes(stored) * TILE / bandwidth * 1e9),
-                "ns_of_float32_adam": round(step_bytes(8) * TILE / bandwidth * 1e9),
-            }
-        )
+        kernel = _io.read_json(record)
+    kernel["code_bytes"] = BUNDLE_BYTES * len(_BUNDLE.findall(final))
+    clock, bandwidth = CHIPS[chip]
+    found = {}
+    for coded in (True, False):
+        count, bits = cycles(schedule, coded), WIDTHS[0] + WIDTHS[1] * coded
+        bytes_ = {
+            "ns_of_bytes": step_bytes(bits / 8 + 3 / GROUP + GROUP / TILE),
+            "ns_of_float32_adam": step_bytes(ADAM),
+        }
+        found[f"{chip}{'' if coded else ', no codes'}"] = {
+            "cycles_per_tile": count,
+            "ns_per_tile": clock and round(sum(count.values()) / clock * 1e9),
+            **{name: round(n * TILE / bandwidth * 1e9) for name, n in bytes_.items()},
+            **kernel,
+        }
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--of", nargs=2, help="in this process: a chip, and whether nu has codes")
+    parser.add_argument("--of", choices=CHIPS, help="in this process: a chip")
     parser.add_argument("--json", type=Path, default=_io.RESULTS / "aot_cycles.json")
     options = parser.parse_args()
     if options.of:
-        _io.write_json(options.json, compile_leaf(options.of[0], options.of[1] == "1"))
+        _io.write_json(options.json, compile_leaf(options.of))
         return
-    kernels = {
-        f"{chip}{'' if coded else ', no codes'}": measure(chip, coded)
-        for chip in CHIPS
-        for coded in (True, False)
-    }
+    kernels = {}
+    for chip in tqdm(CHIPS):
+        kernels |= measure(chip)
     _io.write_json(options.json, {"environment": _io.environment(), "kernels": kernels})
     table = Table("kernel", "cycles a tile", "passes", "ns", "ns of bytes", "VMEM", "code")
     for name, x in kernels.items():
         n = x["cycles_per_tile"]
-        told = sum(n.values()), n["passes"], x["ns_per_tile"], x["ns_of_bytes"]
+        told = round(sum(n.values())), n["passes"], x["ns_per_tile"], x["ns_of_bytes"]
         table.add_row(name, *map(str, (*told, x["vmem_bytes"], x["code_bytes"])))
     Console().print(table)
 

@@ -113,7 +113,6 @@ class Group(NamedTuple):
 
 
 def update_chunk(
-    coded: bool,
     rule: Adam,
     terms: Callable,
     chunks: Chunks,
@@ -127,24 +126,20 @@ def update_chunk(
     """Decode, rule, encode, everything else in ``scratch``.
 
     Args:
-      coded: whether nu has codes: another, shorter program if not.
       terms: from a sample of elements (a dict), the rule, its scalars, levels and lattice to what
         each element adds to the statistics: at most 16.
     """
-    this = Passes(coded, rule, chunks, s, chunk, scratch)
+    this = Passes(rule, chunks, s, chunk, scratch)
     row = to_float(codes.nu_row)
     energy, before, sums = this.accumulate(codes, row)
     growth = grown(energy, this.size, before)
     this.take_parts(growth)
-    row, energy_of_rows = this.move_rows(growth, row, sums)
+    row = this.move_rows(growth, row, sums)
     half = jnp.where(growth.now > 0, 0.5 * energy, 0.0)
     on_v, on_share = pull(growth.mean, s.lat)
-    least = this.step_codes() if coded else jnp.zeros_like(energy)
-    group = Group(least, last_code(growth, s.lat), on_v * half, on_share)
+    group = Group(this.step_codes(), last_code(growth, s.lat), on_v * half, on_share)
     sample = this.sample(group)
     decoded, largest = this.direct(group, applied, stochastic)
-    if energy_of_rows is not None:
-        decoded = energy_of_rows
     nu_scale, octaves = base_of(energy, decoded, growth, this.coins.nu_coin)
     inverse_base = exp2(-octaves)
     gain = gain_of(largest * inverse_base, s.lev)
@@ -157,9 +152,9 @@ def update_chunk(
 
 @dataclass
 class Passes:
-    """The passes over a chunk, in their order."""
+    """The passes over a chunk, in their order. Where nu has no codes some are shorter, or left
+    out."""
 
-    coded: bool
     rule: Adam
     chunks: Chunks
     s: Scalars
@@ -171,6 +166,7 @@ class Passes:
 
     def __post_init__(self) -> None:
         chunks, places = self.chunks, self.scratch.places
+        self.coded = self.s.nu_width > 0
         self.place = chunks.place._replace(start=self.s.start)
         tiles = self.chunk * CHUNK + lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0)
         lanes = lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
@@ -185,15 +181,16 @@ class Passes:
         at = lax.broadcasted_iota(jnp.int32, (1, ROWS), 1)
         self.tile_of_row, self.element_of_row = lax.div(at, GROUP), lax.rem(at, GROUP)
 
-    @property
-    def alike(self) -> bool:
-        """Whether all elements of a row had the same root."""
-        return not (self.coded or self.chunks.ragged)
-
     # --- tiles, groups and rows ---
 
     def each_tile(self, body: Callable[[Any], None]) -> None:
         pl.loop(0, CHUNK, unroll=UNROLLED)(lambda k: body(_Tile(self, k)))
+
+    def each_tile_by_program(self, body: Callable[[Any, bool], None]) -> None:
+        """``body(tile, coded)``: with codes of nu, or without."""
+        for coded in (True, False):
+            run = partial(self.each_tile, partial(lambda coded, t: body(t, coded), coded))
+            pl.when(self.coded == coded)(run)
 
     def keep(self, *numbers: jax.Array) -> None:
         """Numbers of groups for a pass to come: `_Tile.of_groups`."""
@@ -240,7 +237,7 @@ class Passes:
 
     # --- passes ---
 
-    def accumulate(self, codes: Codes, row: jax.Array) -> list[jax.Array]:
+    def accumulate(self, codes: Codes, row: jax.Array) -> tuple[jax.Array, ...]:
         """New moments, and the roots squared that they grow out of. Per group: its energy, that
         before over its base, and the sum of nu's codes."""
         s, scratch = self.s, self.scratch
@@ -249,23 +246,26 @@ class Passes:
         root = root_of_row(row)
         self.keep_rows(BEFORE, root, root)
 
-        def tile(t):
+        def tile(t, coded):
             base, step = t.of_groups(2)
-            mu_codes, nu_codes = t.codes(0), t.codes(1) if self.coded else None
+            nu_codes = t.codes(1) if coded else None
             old = decoded_second(nu_codes, base, t.of_rows(BEFORE, ROOT), t.valid, s.lat)
-            mu = decoded_first(mu_codes, old.root, step, s.lev)
+            mu = decoded_first(t.codes(0), old.root, step, s.lev)
             mu, v = self.rule.accumulate(scratch.data[t.here], mu, old.v, s.rule)
-            scratch.mu[t.here], scratch.v[t.here] = mu, v
             shape = jnp.broadcast_to(old.shape, (GROUP, LANES))
+            scratch.mu[t.here], scratch.v[t.here], scratch.shapes[t.here] = mu, v, shape
             t.reduce(0, jnp.add, v)
             t.reduce(1, jnp.add, shape)
-            if not self.alike:
-                scratch.shapes[t.here] = shape
-            if self.coded:
+            if coded:
                 t.reduce(2, jnp.add, old.codes * t.valid)
 
-        self.each_tile(tile)
-        return [self.reduced(i, jnp.add) for i in range(2 + self.coded)] + [None] * (not self.coded)
+        self.each_tile_by_program(tile)
+        energy, before, sums = (self.reduced(i, jnp.add) for i in range(3))
+        return energy, before, self.if_coded(sums)
+
+    def if_coded(self, x: jax.Array) -> jax.Array:
+        """What nobody has computed where nu has no codes is zero."""
+        return jnp.where(self.coded, x, 0.0)
 
     def take_parts(self, growth: Growth) -> None:
         """Elements' parts of their group's energy, in place of v, and before, in place of
@@ -275,37 +275,22 @@ class Passes:
 
         def tile(t):
             now, before = t.of_groups(2)
-            growth_ = growth._replace(now=now)
-            scratch.v[t.here] = part_of(scratch.v[t.here], growth_)
-            if not self.alike:
-                scratch.shapes[t.here] *= before
+            scratch.v[t.here] = part_of(scratch.v[t.here], growth._replace(now=now))
+            scratch.shapes[t.here] *= before
 
         self.each_tile(tile)
 
-    def move_rows(
-        self, growth: Growth, row: jax.Array, sums: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Let all rows follow their elements, and centre the codes of the round-robin ones.
-
-        Returns:
-          The new rows, and, where these are all there is, the energy that they say, per tile.
-        """
+    def move_rows(self, growth: Growth, row: jax.Array, sums: jax.Array) -> jax.Array:
+        """Let all rows follow their elements, and centre the codes of the round-robin ones."""
         s, scratch = self.s, self.scratch
         group, left = self.place.of_lanes(
             self.chunk * CHUNK + self.tile_of_row, jnp.zeros((1, ROWS), jnp.int32)
         )
-        now = self.sums_of_rows(scratch.v)
-        if self.alike:
-            root = root_of_row(row)
-            over_lanes = jnp.sum(growth.before, axis=1, keepdims=True)
-            before = root * root * self.of_tiles(over_lanes)
-        else:
-            before = self.sums_of_rows(scratch.shapes)
+        now, before = self.sums_of_rows(scratch.v), self.sums_of_rows(scratch.shapes)
         element = lax.bitcast_convert_type(self.element_of_row, jnp.uint32)
         dither = Dither(s.keys, group, element).nu
         moved = row + row_step(now, before, dither, self.coded)
-        if self.coded:
-            moved += self.centring(growth, sums, dither)
+        moved += self.if_coded(self.centring(growth, sums, dither))
         count = jnp.clip(left, 0, GROUP)
         known = self.element_of_row < count
         lowest = -self.over_tiles(
@@ -319,9 +304,9 @@ class Passes:
         size = jnp.maximum(count, 1).astype(jnp.float32)  # a tile that only aligns has no elements
         share = root * root / jnp.maximum(self.of_tiles(energy) / size, TINY)
         self.keep_rows(AFTER, down, root, inverse, share)
-        return row, jnp.broadcast_to(energy, (CHUNK, LANES)) if self.alike else None
+        return row
 
-    def centring(self, growth: Growth, sums: jax.Array | None, dither: jax.Array) -> jax.Array:
+    def centring(self, growth: Growth, sums: jax.Array, dither: jax.Array) -> jax.Array:
         """Steps of each row, [1, 256]: none but the round-robin ones make one."""
         s, alive = self.s, jnp.where(growth.presence == 1.0, jnp.float32(1), jnp.float32(0))
         i = s.round_row  # word r of tile k is in row 8 r + k
@@ -346,8 +331,8 @@ class Passes:
             scratch.shapes[t.here] = codes
             t.reduce(0, jnp.minimum, codes)
 
-        self.each_tile(tile)
-        return self.reduced(0, jnp.minimum)
+        pl.when(self.coded)(partial(self.each_tile, tile))
+        return self.if_coded(self.reduced(0, jnp.minimum))
 
     def result(
         self, g: jax.Array, mu: jax.Array, part: jax.Array, share: jax.Array, group: Group
@@ -362,35 +347,31 @@ class Passes:
         s, scratch = self.s, self.scratch
         self.keep(*group)
 
-        def tile(t):
+        def tile(t, coded):
             of_group = Group(*t.of_groups(4))
             mu, root = scratch.mu[t.here], t.of_rows(AFTER, ROOT)
             update, _ = self.result(
                 scratch.data[t.here], mu, scratch.v[t.here], t.of_rows(AFTER, SHARE), of_group
             )
             if applied:
-                bits = None
-                if stochastic:
-                    bits = rounding_bits(s.keys, t.group, t.element)
+                bits = rounding_bits(s.keys, t.group, t.element) if stochastic else None
                 # The rounding to the parameters' dtype comes with the store.
                 update = _apply(scratch.params[t.here], update, s, bits)
             scratch.data[t.here] = update
-            if self.coded:
-                codes = scratch.shapes[t.here] - of_group.least
-                codes = to_code(jnp.minimum(codes, of_group.last))
+            if coded:
+                codes = jnp.minimum(scratch.shapes[t.here] - of_group.least, of_group.last)
+                codes = to_code(codes)
                 t.put_codes(1, codes)
                 root = root_of(codes, s.lat) * root
                 e = mu / root
             else:
                 e = mu * t.of_rows(AFTER, INVERSE)
             scratch.mu[t.here] = e
+            t.reduce(0, jnp.add, jnp.broadcast_to(root * root * t.valid, (GROUP, LANES)))
             t.reduce(1, jnp.maximum, jnp.abs(e))
-            if not self.alike:
-                t.reduce(0, jnp.add, root * root * t.valid)
 
-        self.each_tile(tile)
-        largest = self.reduced(1, jnp.maximum)
-        return (largest if self.alike else self.reduced(0, jnp.add)), largest
+        self.each_tile_by_program(tile)
+        return self.reduced(0, jnp.add), self.reduced(1, jnp.maximum)
 
     def code_first(self, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
         """mu's codes, packed. Per group: the length, squared, in codes; that decoded, in scales."""
@@ -419,11 +400,9 @@ class Passes:
         rows = pick(scratch.columns.at[AFTER])
         root, share = (rows[:, what : what + 1] for what in (ROOT, SHARE))
         update, v_used = self.result(g, pick(scratch.mu), part, share, group)
-        zero = jnp.zeros_like(g)
-        codes = zero
-        if self.coded:
-            codes = jnp.minimum(pick(scratch.shapes) - group.least, group.last)
-            root = root_of(to_code(codes), self.s.lat) * root
+        codes = jnp.minimum(pick(scratch.shapes) - group.least, group.last)
+        codes, zero = self.if_coded(codes), jnp.zeros_like(g)
+        root = root_of(to_code(codes), self.s.lat) * root
         return {
             "g": g,
             "update": update,

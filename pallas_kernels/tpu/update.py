@@ -32,7 +32,6 @@ from stquant_jax.storage.planes import LANES
 
 # A byte of mu's scales is stored in tiles of 32 rows, four chunks': they come and go together.
 _BYTES = 32
-PROGRAMS = True, False  # of a leaf: with codes of nu and without
 
 
 @partial(jax.jit, static_argnames=("rule", "terms", "chunks", "stochastic", "interpret"))
@@ -151,16 +150,10 @@ def _kernel(rule, terms, chunks, stochastic, applied, whole, keys, real, g_in, *
     at_mu = pl.ds(pl.multiple_of(quarter * CHUNK, CHUNK), CHUNK)
     old = Codes(*map(_unsigned, (mu_scale[at_mu], nu_scale_in[...], nu_row_in[0])))
 
-    def run(coded):
-        new = update_chunk(
-            coded, rule, terms, chunks, s, chunk, old, scratch, applied, stochastic
-        )
-        mu_scale[at_mu] = _signed(new.mu_scale)
-        nu_scale_out[...] = new.nu_scale.astype(nu_scale_out.dtype)
-        nu_row_out[0] = _signed(new.nu_row)
-
-    for coded in PROGRAMS:
-        pl.when((s.nu_width > 0) == coded)(partial(run, coded))
+    new = update_chunk(rule, terms, chunks, s, chunk, old, scratch, applied, stochastic)
+    mu_scale[at_mu] = _signed(new.mu_scale)
+    nu_scale_out[...] = new.nu_scale.astype(nu_scale_out.dtype)
+    nu_row_out[0] = _signed(new.nu_row)
 
     @pl.when(chunk >= 2)
     def _():
