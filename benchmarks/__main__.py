@@ -53,6 +53,7 @@ BENCHMARKS = (
     Benchmark("speed.eager", "calls outside of jit", "minutes", ("eager",)),
     Benchmark("speed.ops", "operations per element", "seconds"),
     Benchmark("speed.aot", "programs for TPUs that are not there", "minutes; aot", ("programs",)),
+    Benchmark("speed.aot_cycles", "cycles of the TPU kernel", "a minute; aot", ("cycles",)),
     Benchmark("memory.training", "bytes of a whole training step", "minutes; aot", ("memory",)),
     Benchmark("memory.host", "the most that a process takes", "minutes", ("host",)),
     Benchmark("distributed.sharded", "many meshes, the same bits", "minutes", ("sharded",)),

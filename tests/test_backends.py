@@ -55,7 +55,12 @@ TREES = {
 TREES["xla_gpu"] = TREES["pallas_tpu"]
 APPLIED = {
     "pallas_tpu": {"same": (300, 256), "to bfloat16": (256, 256), "wide": (9, 20, 36)},
-    "pallas_gpu": {"same": (32, 128), "same, too": (32, 128), "to bfloat16": (64, 120), "wide": (120, 64)},
+    "pallas_gpu": {
+        "same": (32, 128),
+        "same, too": (32, 128),
+        "to bfloat16": (64, 120),
+        "wide": (120, 64),
+    },
 }
 APPLIED["xla_gpu"] = APPLIED["pallas_tpu"]
 ULP = 2.0**-23  # updates are around 1

@@ -95,7 +95,7 @@ def gpt2(setting: Setting) -> Iterator[dict[str, Any]]:
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK, max(1, steps // 10), steps)
     runs: dict[str, Any] = {"optax.adamw": optax.adamw(schedule, weight_decay=DECAY)}
     # Of so small a model, most elements are exact.
-    for bits in (16.0,) if setting.interpret else (5.0, 3.5):
+    for bits in (16.0,) if setting.interpret else (5.0, 3.0):
         precision = stquant.Budget(bits, interval=None if setting.interpret else 50)
         runs[f"stquant.adamw {bits:g} bits"] = stquant.adamw(
             schedule, weight_decay=DECAY, precision=precision, storage=setting.storage()

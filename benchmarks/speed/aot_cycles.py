@@ -8,7 +8,7 @@ copies, for instructions and for banks of memory are not in it: a bound, not a f
 
     python -m benchmarks.speed.aot_cycles
 
-`pip install '.[aot]'` brings libtpu, whose format and flags these are: 0.0.42 was read.
+`pip install '.[aot]'` brings libtpu, whose format and flags these are; 0.0.42 was read.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from benchmarks import _io
 from benchmarks.memory.traffic import ADAM, step_bytes
 from benchmarks.speed import aot
 from pallas_kernels.tpu.chunks import CHUNK
-from pallas_kernels.tpu.passes import UNROLLED
+from pallas_kernels.tpu.vmem import UNROLLED
 from stquant_jax.storage.planes import GROUP, TILE
 
 SHAPE, WIDTHS = (768, 3072), (4, 3)
@@ -45,8 +46,8 @@ FLAGS = (
     " --xla_jf_dump_llo_pass_label_regex=final_bundles|packed-bundles-post-ra"
 )
 BUNDLE_BYTES = 64  # of code: the program's bytes over its bundles
-# The kernel's loops over a moment's planes, in their order: started for the first chunk, for the next
-# one and waited for; waited for, started, and twice waited for behind the last. 1: at every step.
+# The kernel's loops over a moment's planes, in their order: for the first chunk started, for the
+# next started, waited for; waited for, started, twice waited for behind the last. 1: at every step.
 COPIES = 0, 1, 1, 1, 1, 0, 0
 # Its passes: whether they turn where nu has codes, and where it has none.
 BOTH, CODED, UNCODED = (True, False), (True,), (False,)
@@ -138,7 +139,10 @@ def main() -> None:
     kernels = {}
     for chip in tqdm(CHIPS):
         kernels |= measure(chip)
-    _io.write_json(options.json, {"environment": _io.environment(), "kernels": kernels})
+    _io.write_json(
+        options.json,
+        {"environment": _io.environment() | {"libtpu": version("libtpu")}, "kernels": kernels},
+    )
     table = Table("kernel", "cycles a tile", "passes", "ns", "ns of bytes", "VMEM", "code")
     for name, x in kernels.items():
         n = x["cycles_per_tile"]

@@ -105,7 +105,7 @@ def update(
     ensure_floor()
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
-    params = [None] * len(grads) if apply is None else apply.params
+    params: list[Any] = [None] * len(grads) if apply is None else apply.params
     geometries = [
         Geometry.of(
             leaf,
@@ -116,7 +116,7 @@ def update(
         )
         for leaf, g, p in zip(layout.quantized, grads, params, strict=True)
     ]
-    results, sums = list(grads), [None] * len(grads)
+    results, sums = list(grads), list(grads)  # places
     for batch in _batches(geometries):
         geometry = geometries[batch[0]]
 

@@ -1,30 +1,22 @@
 """The update of a chunk, eight tiles: passes over their elements, tile by tile, and between them
 what belongs to groups and to rows, of all eight tiles at once.
 
-A vector register holds 8 x 128 numbers. Of a tile's elements that is a quarter; of its groups there
-are only 128 and of its rows 32, so a formula of these, tile by tile, would leave most of every
-register empty. Here numbers of groups are [8, 128], a tile in each row, and numbers of rows [1,
-256], side by side. Groups are reduced in the order of `by_halves`. Rows are summed over their lanes
-by the matrix unit, whose products with 1 are exact and whose sums come side by side.
-
 mu is divided by roots before the base of its group is known, which is a factor of all of them and
 comes in with the gain. The formulas are those of `stquant_jax.codecs`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.leaves import SUMS, Scalars
+from pallas_kernels.leaves import Scalars
 from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
-from pallas_kernels.tpu.planes import WORDS, words_of_tile
+from pallas_kernels.tpu.vmem import AFTER, BEFORE, DOWN, INVERSE, ROOT, SHARE, Chunk, Scratch
 from stquant_jax.codecs import error_of
 from stquant_jax.codecs.first import decoded_first, gain_of, length_of, quantized, step_of
 from stquant_jax.codecs.lattices import (
@@ -48,51 +40,9 @@ from stquant_jax.rules.adam import Adam
 from stquant_jax.rules.apply import apply_block
 from stquant_jax.storage.noise import Dither, rounding_bits
 from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
-from stquant_jax.storage.planes import GROUP, LANES, codes_of, words_of
+from stquant_jax.storage.planes import GROUP, LANES
 
-SUBLANES = CHUNK  # of a register, which holds a number of each group of a chunk
 MOST = 2.0**127
-UNROLLED = 4  # tiles at a time in a pass, or one waits for itself
-# Columns of `Scratch.columns`, first of the old rows, then of the new: so many are made at once.
-BEFORE, AFTER = range(2)
-DOWN, ROOT, INVERSE, SHARE = range(4)
-_COLUMNS = SUBLANES
-
-
-class Scratch(NamedTuple):
-    """A chunk in VMEM. Rows run along the first axis, 32 of each tile."""
-
-    data: Any  # float32[256, 128]: gradients, then updates or new parameters
-    params: Any  # float32[256, 128]
-    words: Any  # `WORDS`
-    mu: Any  # float32[256, 128]: mu, then mu over roots
-    v: Any  # float32[256, 128]: v, then its parts of the groups' energies
-    shapes: Any  # float32[256, 128]: old roots squared, the same for these; nu's new codes
-    columns: Any  # float32[2, 256, 8]: numbers of rows, before and after
-    groups: Any  # float32[4, 8, 128]: numbers of groups that a pass needs
-    places: Any  # int32[2, 8, 128]: index of each group, and how many elements it has
-    parts: Any  # float32[3, 64, 128]: of three sums, for each tile a register yet to be reduced
-    terms: Any  # float32[128, 128]: statistics, by kind and tile
-
-    @classmethod
-    def types(cls) -> list[Any]:
-        """What to allocate."""
-        block, registers = (ROWS, LANES), (CHUNK, LANES)
-        shapes = {name: block for name in ("data", "params", "mu", "v", "shapes")}
-        shapes |= {
-            "columns": (2, ROWS, _COLUMNS),
-            "groups": (4, *registers),
-            "places": (2, *registers),
-            "parts": (3, CHUNK * SUBLANES, LANES),
-            "terms": (SUMS * CHUNK, LANES),
-        }
-        dtypes = {"places": jnp.int32}
-        return [
-            WORDS
-            if name == "words"
-            else pltpu.VMEM(shapes[name], dtypes.get(name, jnp.float32))
-            for name in cls._fields
-        ]
 
 
 class Codes(NamedTuple):
@@ -150,92 +100,9 @@ def update_chunk(
     return Codes(mu_scale, nu_scale, to_code(row))
 
 
-@dataclass
-class Passes:
+class Passes(Chunk):
     """The passes over a chunk, in their order. Where nu has no codes some are shorter, or left
     out."""
-
-    rule: Adam
-    chunks: Chunks
-    s: Scalars
-    chunk: jax.Array
-    scratch: Scratch
-    # Of groups, [8, 128].
-    size: jax.Array = field(init=False)
-    coins: Dither = field(init=False)
-
-    def __post_init__(self) -> None:
-        chunks, places = self.chunks, self.scratch.places
-        self.coded = self.s.nu_width > 0
-        self.place = chunks.place._replace(start=self.s.start)
-        tiles = self.chunk * CHUNK + lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0)
-        lanes = lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
-        self.group, left = self.place.of_lanes(tiles, lanes)
-        left = jnp.broadcast_to(left, (CHUNK, LANES))
-        places[0], places[1] = lax.bitcast_convert_type(self.group, jnp.int32), left
-        self.size = jnp.full((CHUNK, LANES), GROUP, jnp.float32)
-        if chunks.ragged:
-            self.size = jnp.clip(left, 0, GROUP).astype(jnp.float32)
-        self.coins = Dither(self.s.keys, self.group, jnp.uint32(0))
-        # Of rows, [1, 256].
-        at = lax.broadcasted_iota(jnp.int32, (1, ROWS), 1)
-        self.tile_of_row, self.element_of_row = lax.div(at, GROUP), lax.rem(at, GROUP)
-
-    # --- tiles, groups and rows ---
-
-    def each_tile(self, body: Callable[[Any], None]) -> None:
-        pl.loop(0, CHUNK, unroll=UNROLLED)(lambda k: body(_Tile(self, k)))
-
-    def each_tile_by_program(self, body: Callable[[Any, bool], None]) -> None:
-        """``body(tile, coded)``: with codes of nu, or without."""
-        for coded in (True, False):
-            run = partial(self.each_tile, partial(lambda coded, t: body(t, coded), coded))
-            pl.when(self.coded == coded)(run)
-
-    def keep(self, *numbers: jax.Array) -> None:
-        """Numbers of groups for a pass to come: `_Tile.of_groups`."""
-        for i, x in enumerate(numbers):
-            self.scratch.groups[i] = x
-
-    def reduced(self, i: int, combine: Callable) -> jax.Array:
-        """Of groups, what `_Tile.reduce` left of them: by halves."""
-        parts = self.scratch.parts.at[i]
-        rows = [parts[pl.ds(r, CHUNK, stride=SUBLANES)] for r in range(SUBLANES)]
-        while len(rows) > 1:
-            half = len(rows) // 2
-            rows = [combine(rows[r], rows[r + half]) for r in range(half)]
-        return rows[0]
-
-    def keep_rows(self, which: int, *numbers: jax.Array) -> None:
-        """Numbers of rows, [1, 256], for all passes to come: `_Tile.of_rows`."""
-        rest = jnp.zeros((_COLUMNS - len(numbers), ROWS), jnp.float32)
-        x = jnp.concatenate([*numbers, rest])
-        # Turned over: as products with the identity that is a fraction of a transposition.
-        at = partial(lax.broadcasted_iota, jnp.int32, (LANES, LANES))
-        identity = jnp.where(at(0) == at(1), 1.0, 0.0).astype(jnp.bfloat16)
-        for half in range(0, ROWS, LANES):
-            columns = _product(identity, x[:, half : half + LANES])
-            self.scratch.columns[which, half : half + LANES] = columns
-
-    def sums_of_rows(self, block: Any) -> jax.Array:
-        """Over the lanes of a [256, 128]: [1, 256]."""
-        return _product(jnp.ones((SUBLANES, LANES), jnp.bfloat16), block[...])[:1]
-
-    def of_tiles(self, x: jax.Array) -> jax.Array:
-        """A number of each tile, [8, 1], for each row: [1, 256]."""
-        here = lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 0) == self.tile_of_row
-        return jnp.sum(jnp.where(here, x, 0.0), axis=0, keepdims=True)
-
-    def over_tiles(self, reduce: Callable, x: jax.Array, neutral: float) -> jax.Array:
-        """Of rows, [1, 256], a number of each tile: [8, 1]."""
-        here = lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 0) == self.tile_of_row
-        return reduce(jnp.where(here, x, neutral), axis=1, keepdims=True)
-
-    def round_row(self, block: Any) -> jax.Array:
-        """The round-robin row of every tile, [8, ...]."""
-        return block[pl.ds(self.s.round_row, CHUNK, stride=GROUP)]
-
-    # --- passes ---
 
     def accumulate(self, codes: Codes, row: jax.Array) -> tuple[jax.Array, ...]:
         """New moments, and the roots squared that they grow out of. Per group: its energy, that
@@ -262,10 +129,6 @@ class Passes:
         self.each_tile_by_program(tile)
         energy, before, sums = (self.reduced(i, jnp.add) for i in range(3))
         return energy, before, self.if_coded(sums)
-
-    def if_coded(self, x: jax.Array) -> jax.Array:
-        """What nobody has computed where nu has no codes is zero."""
-        return jnp.where(self.coded, x, 0.0)
 
     def take_parts(self, growth: Growth) -> None:
         """Elements' parts of their group's energy, in place of v, and before, in place of
@@ -315,8 +178,10 @@ class Passes:
         here = s.round_row < self.size.astype(jnp.int32)
         valid = jnp.where(here, alive, 0.0)
         each = (valid * old, valid, alive * sums, alive * self.size)
-        over = [self.of_tiles(jnp.sum(x, axis=1, keepdims=True)) for x in each]
-        step = centring_step(*over, s.lat, dither)
+        codes, living, all_codes, all_living = (
+            self.of_tiles(jnp.sum(x, axis=1, keepdims=True)) for x in each
+        )
+        step = centring_step(codes, living, all_codes, all_living, s.lat, dither)
         return jnp.where(self.element_of_row == s.round_row, step, 0.0)
 
     def step_codes(self) -> jax.Array:
@@ -440,67 +305,6 @@ class Passes:
         }
         for k, term in enumerate(terms(sample, self.rule, s.rule, s.lev, s.lat)):
             self.scratch.terms[CHUNK * k : CHUNK * (k + 1)] = term
-
-
-class _Tile:
-    """A tile of a chunk, in one of its passes."""
-
-    def __init__(self, passes: Passes, k: jax.Array):
-        self.passes, self.scratch, self.k = passes, passes.scratch, k
-        self.here = pl.ds(pl.multiple_of(k * GROUP, GROUP), GROUP)
-        self.element = lax.bitcast_convert_type(
-            lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0), jnp.uint32
-        )
-
-    def of_groups(self, n: int) -> list[jax.Array]:
-        """What was kept of groups, [1, 128]."""
-        return [self.scratch.groups[i, pl.ds(self.k, 1)] for i in range(n)]
-
-    def of_rows(self, which: int, what: int) -> jax.Array:
-        """What was kept of rows, [32, 1]."""
-        return self.scratch.columns[which, self.here, pl.ds(what, 1)]
-
-    @property
-    def group(self) -> jax.Array:
-        return lax.bitcast_convert_type(self.scratch.places[0, pl.ds(self.k, 1)], jnp.uint32)
-
-    @property
-    def noise(self) -> Dither:
-        return Dither(self.passes.s.keys, self.group, self.element)
-
-    @property
-    def valid(self) -> Any:
-        """1 for elements, 0 for padding."""
-        if not self.passes.chunks.ragged:
-            return jnp.float32(1)
-        left = self.scratch.places[1, pl.ds(self.k, 1)]
-        element = lax.broadcasted_iota(jnp.int32, (GROUP, LANES), 0)
-        return jnp.where(element < left, 1.0, 0.0)
-
-    def codes(self, moment: int) -> jax.Array:
-        return codes_of(self.scratch.words.at[moment][words_of_tile(self.k)])
-
-    def put_codes(self, moment: int, codes: jax.Array) -> None:
-        self.scratch.words.at[moment][words_of_tile(self.k)] = words_of(codes)
-
-    def reduce(self, i: int, combine: Callable, x: jax.Array) -> None:
-        """A group's 32 elements to eight, for `Passes.reduced`."""
-        while len(x) > SUBLANES:
-            x = combine(x[: len(x) // 2], x[len(x) // 2 :])
-        at = pl.ds(pl.multiple_of(self.k * SUBLANES, SUBLANES), SUBLANES)
-        self.scratch.parts[i, at] = x
-
-
-def _product(ones: jax.Array, x: jax.Array) -> jax.Array:
-    """ones x.T in float32, of bfloat16 that are 0 or 1 and of float32, cut into the three bfloat16
-    that hold it exactly."""
-    product = jnp.zeros((len(ones), len(x)), jnp.float32)
-    for _ in range(3):
-        part = x.astype(jnp.bfloat16)
-        contract = (((1,), (1,)), ((), ()))
-        product += lax.dot_general(ones, part, contract, preferred_element_type=jnp.float32)
-        x -= part.astype(jnp.float32)
-    return product
 
 
 def _apply(p: jax.Array, update: jax.Array, s: Scalars, bits: jax.Array | None) -> jax.Array:

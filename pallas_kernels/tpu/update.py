@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.leaves import SUMS, Tables
 from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
-from pallas_kernels.tpu.passes import Codes, Scratch, update_chunk
+from pallas_kernels.tpu.passes import Codes, update_chunk
 from pallas_kernels.tpu.planes import (
     BUFFER,
     SEMAPHORES,
@@ -25,6 +25,7 @@ from pallas_kernels.tpu.planes import (
     pack_chunk,
     unpack_chunk,
 )
+from pallas_kernels.tpu.vmem import Scratch
 from stquant_jax.codecs import by_halves
 from stquant_jax.rules.adam import Adam
 from stquant_jax.storage.arena import Packed

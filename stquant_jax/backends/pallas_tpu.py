@@ -19,7 +19,6 @@ from stquant_jax.storage.layout import Layout
 from stquant_jax.storage.planes import GROUP
 from stquant_jax.storage.settings import Storage
 
-
 # The identity, where a program is lowered for a TPU. What it is traced for is not known earlier.
 _on_tpu = Primitive("stquant_on_tpu")
 _on_tpu.def_abstract_eval(lambda x: x)
