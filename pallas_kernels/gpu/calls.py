@@ -106,15 +106,10 @@ def update(
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
     params: list[Any] = [None] * len(grads) if apply is None else apply.params
+    rounded = [False] * len(grads) if apply is None else apply.rounded
     geometries = [
-        Geometry.of(
-            leaf,
-            rule,
-            g.dtype,
-            None if p is None else p.dtype,
-            apply is not None and apply.rounds(p),
-        )
-        for leaf, g, p in zip(layout.quantized, grads, params, strict=True)
+        Geometry.of(leaf, rule, g.dtype, None if p is None else p.dtype, rounds)
+        for leaf, g, p, rounds in zip(layout.quantized, grads, params, rounded, strict=True)
     ]
     results, sums = list(grads), list(grads)  # places
     for batch in _batches(geometries):
