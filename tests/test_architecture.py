@@ -25,7 +25,7 @@ FLOORS = (
 # Policies know numbers of slots, not where these lie; rules know no bits.
 OF_STORAGE = {
     "precision": {"indexing", "numerics"},
-    "rules": {"layout", "noise", "places", "planes", "settings", "tiling"},
+    "rules": {"layout", "noise", "numerics", "places", "planes", "settings", "tiling"},
 }
 MOST_MODULES = 10
 MOST_LINES = {PACKAGE: 300, "pallas_kernels": 400}

@@ -17,6 +17,8 @@ if reason := pallas_gpu.unsupported():
 
 from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 
+from pallas_kernels.gpu import calls  # noqa: E402
+
 STORAGE = {
     "xla": stquant.Storage(backend="xla"),
     "pallas_gpu": stquant.Storage(backend="pallas_gpu", interpret=True),
@@ -86,3 +88,11 @@ def test_lowering():
     for kernel in kernels:
         assert kernel.count("output_operand_alias<") == 4
     assert len(re.findall(r"call @_update_leaves", text)) == len(kernels)
+
+
+def test_launches():
+    """Leaves that are alike are updated together, at most 16 and evenly: a number is a kernel."""
+    batches = calls._batches(["a", "b", *["a"] * 33])
+    assert [len(batch) for batch in batches] == [12, 12, 10, 1]
+    assert sorted(i for batch in batches for i in batch) == list(range(35))
+    assert batches[-1] == [1]

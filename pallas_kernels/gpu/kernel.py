@@ -29,7 +29,7 @@ from pallas_kernels.gpu.lanes import meet, vector
 from pallas_kernels.gpu.tile import Tile
 from pallas_kernels.leaves import SUMS, Scalars
 from stquant_jax.codecs import Lattice, Second, decode_first, decoded_second, error_of
-from stquant_jax.codecs.first import gain_of, length_of, quantized
+from stquant_jax.codecs.first import gain_of, gain_over_roots, length_of, quantized
 from stquant_jax.codecs.lattices import (
     ROW_LAST,
     Growth,
@@ -51,9 +51,8 @@ from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
 from stquant_jax.storage.planes import GROUP
 
 Terms = Callable[..., Sequence[jax.Array]]
-MOST = 2.0**127
 PROGRAMS = True, False  # with codes of nu and without; `benchmarks.gpu.ptxas` counts one at a time
-DOWN, ROOT, INVERSE, SHARE = range(4)  # numbers of a tile's rows, for `Tile.rows`
+DOWN, ROOT, INVERSE, SHARE = range(4)  # numbers of a tile's rows, for `Passes.rows`
 
 
 def update_tile(
@@ -97,7 +96,7 @@ def _update_tile(
     gain = gain_of(largest * inverse_base, s.lev)
     sample = tile.sample(group, inverse_base, gain)
     tile.store(out)
-    true, decoded = tile.code_first(jnp.minimum(gain * inverse_base, MOST))
+    true, decoded = tile.code_first(gain_over_roots(gain, inverse_base))
     length = SPECIAL.divide(true, gain * gain)
     mu_scale = length_of(length, decoded, growth.presence, tile.coins.mu_coin)
     tile.write(mu_scale, nu_scale)

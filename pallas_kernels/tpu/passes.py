@@ -18,7 +18,14 @@ from pallas_kernels.leaves import Scalars
 from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
 from pallas_kernels.tpu.vmem import AFTER, BEFORE, DOWN, INVERSE, ROOT, SHARE, Chunk, Scratch
 from stquant_jax.codecs import error_of
-from stquant_jax.codecs.first import decoded_first, gain_of, length_of, quantized, step_of
+from stquant_jax.codecs.first import (
+    decoded_first,
+    gain_of,
+    gain_over_roots,
+    length_of,
+    quantized,
+    step_of,
+)
 from stquant_jax.codecs.lattices import (
     ROW_LAST,
     Growth,
@@ -41,8 +48,6 @@ from stquant_jax.rules.apply import apply_block
 from stquant_jax.storage.noise import Dither, rounding_bits
 from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
 from stquant_jax.storage.planes import GROUP, LANES
-
-MOST = 2.0**127
 
 
 class Codes(NamedTuple):
@@ -93,7 +98,7 @@ def update_chunk(
     nu_scale, octaves = base_of(energy, decoded, growth, this.coins.nu_coin)
     inverse_base = exp2(-octaves)
     gain = gain_of(largest * inverse_base, s.lev)
-    true, decoded = this.code_first(jnp.minimum(gain * inverse_base, MOST))
+    true, decoded = this.code_first(gain_over_roots(gain, inverse_base))
     length = true / (gain * gain)
     mu_scale = length_of(length, decoded, growth.presence, this.coins.mu_coin)
     this.report(terms, sample, growth, half, inverse_base, gain, mu_scale)

@@ -129,6 +129,12 @@ def gain_of(largest: jax.Array, lev: Levels) -> jax.Array:
     return lev.gain / jnp.maximum(largest, _LEAST_RATIO)
 
 
+def gain_over_roots(gain: jax.Array, inverse_base: jax.Array) -> jax.Array:
+    """The same per unit of mu over roots that are not yet over their group's base. Finite, or zeros
+    of a group whose base is next to nothing would not stay zeros."""
+    return jnp.minimum(gain * inverse_base, 2.0**127)
+
+
 def quantized(e: jax.Array, gain: jax.Array, lev: Levels, dither: jax.Array) -> jax.Array:
     """Signed codes, low to high, of e; dither is about zero."""
     # Between the two levels next to zero the choice is random, so that zero stays zero on average:
