@@ -3,8 +3,9 @@
 One leaf's update is compiled for each chip, in a process of its own, since libtpu reads its flags
 once. A line of the schedule is a bundle
 of instructions, a cycle, empty ones included. A step of the kernel's grid is a chunk of eight
-tiles: its passes count as often as they turn, its loops over planes as the widths say. Waits for
-copies, for instructions and for banks of memory are not in it: a bound, not a forecast.
+tiles: of its blocks those of one program count, its loops over planes as the widths say, and what
+only a leaf's first or last chunk does, too. Waits for copies, for instructions and for banks of
+memory are not in it: a bound, not a forecast.
 
     python -m benchmarks.speed.aot_cycles
 
@@ -32,7 +33,6 @@ from benchmarks import _io
 from benchmarks.memory.traffic import ADAM, step_bytes
 from benchmarks.speed import aot
 from pallas_kernels.tpu.chunks import CHUNK
-from pallas_kernels.tpu.vmem import UNROLLED
 from stquant_jax.storage.planes import GROUP, TILE
 
 SHAPE, WIDTHS = (768, 3072), (4, 3)
@@ -49,9 +49,9 @@ BUNDLE_BYTES = 64  # of code: the program's bytes over its bundles
 # The kernel's loops over a moment's planes, in their order: for the first chunk started, for the
 # next started, waited for; waited for, started, twice waited for behind the last. 1: at every step.
 COPIES = 0, 1, 1, 1, 1, 0, 0
-# Its passes: whether they turn where nu has codes, and where it has none.
-BOTH, CODED, UNCODED = (True, False), (True,), (False,)
-PASSES = CODED, UNCODED, BOTH, CODED, CODED, UNCODED, BOTH
+# Blocks of one program alone, in their order, true of that with codes; how many bundles they have.
+BLOCKS = True, False, True, True, False
+LEAST, MOST = 200, 2000
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})?: *>* *\{", re.M)
 _JUMP = re.compile(r"target bundleno = (\d+)")
 DELAY = 4  # bundles after a jump that are executed before it
@@ -67,28 +67,21 @@ def compile_leaf(chip: str) -> dict[str, Any]:
     return {"vmem_bytes": int(re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)[1])}
 
 
-def cycles(schedule: str, coded: bool) -> dict[str, float]:
-    """Per tile: those of passes over elements, and all others of a step."""
+def cycles(schedule: str, coded: bool) -> float:
+    """Per tile, of the program with codes of nu or of the one without."""
     starts = [m.start() for m in _BUNDLE.finditer(schedule)]
     ends = [*starts[1:], len(schedule)]
     bundles = [schedule[a:b] for a, b in zip(starts, ends, strict=True)]
-    jumps = [(int(m[1]), i) for i, text in enumerate(bundles) for m in _JUMP.finditer(text)]
-    loops = [(first, at + DELAY) for first, at in jumps if first <= at]
-    grid = max(loops, key=lambda loop: loop[1] - loop[0])
-    passes, planes = [], []
-    for first, last in sorted(loops):
-        if (first, last) == grid or first < grid[0] or last > grid[1]:
-            continue
-        length = last - first + 1
-        vectors = sum(len(re.findall(r"= v[a-z]", text)) for text in bundles[first : last + 1])
-        (passes if vectors > length / 2 else planes).append(length)
-    widths = WIDTHS if coded else (WIDTHS[0], 0)
-    each = [width * happens for happens in COPIES for width in widths]
+    jumps = [(i, int(m[1])) for i, text in enumerate(bundles) for m in _JUMP.finditer(text)]
+    back = sorted((to, at + DELAY) for at, to in jumps if to <= at)
+    grid = max(back, key=lambda loop: loop[1] - loop[0])
+    inner = [x for x in back if grid[0] < x[0] and x[1] < grid[1]]
+    planes = [last - first + 1 for first, last in inner]
+    blocks = [to - at for at, to in jumps if grid[0] < at and LEAST < to - at < MOST]
+    each = [n * happens for happens in COPIES for n in (WIDTHS if coded else (WIDTHS[0], 0))]
     copies = sum(length * turns for length, turns in zip(planes, each, strict=True))
-    run = [length for length, with_codes in zip(passes, PASSES, strict=True) if coded in with_codes]
-    others = grid[1] - grid[0] + 1 - sum(passes) - sum(planes) + copies
-    told = {"passes": sum(run) * CHUNK // UNROLLED, "others": others}
-    return {name: round(n / CHUNK, 1) for name, n in told.items()}
+    left_out = sum(x for x, runs in zip(blocks, BLOCKS, strict=True) if runs != coded)
+    return round((grid[1] - grid[0] + 1 - left_out - sum(planes) + copies) / CHUNK, 1)
 
 
 def measure(chip: str) -> dict[str, dict[str, Any]]:
@@ -119,7 +112,7 @@ def measure(chip: str) -> dict[str, dict[str, Any]]:
         }
         found[f"{chip}{'' if coded else ', no codes'}"] = {
             "cycles_per_tile": count,
-            "ns_per_tile": clock and round(sum(count.values()) / clock * 1e9),
+            "ns_per_tile": clock and round(count / clock * 1e9),
             **{name: round(n * TILE / bandwidth * 1e9) for name, n in bytes_.items()},
             **kernel,
         }
@@ -143,11 +136,10 @@ def main() -> None:
         options.json,
         {"environment": _io.environment() | {"libtpu": version("libtpu")}, "kernels": kernels},
     )
-    table = Table("kernel", "cycles a tile", "passes", "ns", "ns of bytes", "VMEM", "code")
-    for name, x in kernels.items():
-        n = x["cycles_per_tile"]
-        told = round(sum(n.values())), n["passes"], x["ns_per_tile"], x["ns_of_bytes"]
-        table.add_row(name, *map(str, (*told, x["vmem_bytes"], x["code_bytes"])))
+    table = Table("kernel", "cycles a tile", "ns", "ns of bytes", "VMEM", "code")
+    names = "cycles_per_tile", "ns_per_tile", "ns_of_bytes", "vmem_bytes", "code_bytes"
+    for kernel, x in kernels.items():
+        table.add_row(kernel, *(str(x[name]) for name in names))
     Console().print(table)
 
 

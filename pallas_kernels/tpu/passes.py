@@ -15,8 +15,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.leaves import Scalars
-from pallas_kernels.tpu.chunks import CHUNK, ROWS, Chunks
-from pallas_kernels.tpu.vmem import AFTER, BEFORE, DOWN, INVERSE, ROOT, SHARE, Chunk, Scratch
+from pallas_kernels.tpu.chunks import CHUNK, Chunks
+from pallas_kernels.tpu.vmem import (
+    BEFORE,
+    DOWN,
+    INVERSE,
+    NOW,
+    ROOT,
+    SHARE,
+    THEN,
+    Chunk,
+    Scratch,
+    rows_of,
+    stored_rows,
+)
 from stquant_jax.codecs import error_of
 from stquant_jax.codecs.first import (
     decoded_first,
@@ -55,7 +67,7 @@ class Codes(NamedTuple):
 
     mu_scale: jax.Array  # [8, 128]
     nu_scale: jax.Array
-    nu_row: jax.Array  # [1, 256]
+    nu_row: jax.Array  # [1, 256], a tile's next to the last one's
 
 
 class Group(NamedTuple):
@@ -85,7 +97,7 @@ def update_chunk(
         each element adds to the statistics: at most 16.
     """
     this = Passes(rule, chunks, s, chunk, scratch)
-    row = to_float(codes.nu_row)
+    row = rows_of(to_float(codes.nu_row))
     energy, before, sums = this.accumulate(codes, row)
     growth = grown(energy, this.size, before)
     this.take_parts(growth)
@@ -102,7 +114,7 @@ def update_chunk(
     length = true / (gain * gain)
     mu_scale = length_of(length, decoded, growth.presence, this.coins.mu_coin)
     this.report(terms, sample, growth, half, inverse_base, gain, mu_scale)
-    return Codes(mu_scale, nu_scale, to_code(row))
+    return Codes(mu_scale, nu_scale, to_code(stored_rows(row)))
 
 
 class Passes(Chunk):
@@ -115,13 +127,12 @@ class Passes(Chunk):
         s, scratch = self.s, self.scratch
         base = decoded_base(codes.nu_scale)
         self.keep(base, step_of(codes.mu_scale, base, s.lev))
-        root = root_of_row(row)
-        self.keep_rows(BEFORE, root, root)
+        scratch.rows[BEFORE] = root_of_row(row)
 
         def tile(t, coded):
             base, step = t.of_groups(2)
             nu_codes = t.codes(1) if coded else None
-            old = decoded_second(nu_codes, base, t.of_rows(BEFORE, ROOT), t.valid, s.lat)
+            old = decoded_second(nu_codes, base, t.of_rows(BEFORE), t.valid, s.lat)
             mu = decoded_first(t.codes(0), old.root, step, s.lev)
             mu, v = self.rule.accumulate(scratch.data[t.here], mu, old.v, s.rule)
             shape = jnp.broadcast_to(old.shape, (GROUP, LANES))
@@ -137,45 +148,45 @@ class Passes(Chunk):
 
     def take_parts(self, growth: Growth) -> None:
         """Elements' parts of their group's energy, in place of v, and before, in place of
-        shapes."""
+        shapes; both summed over the lanes."""
         scratch = self.scratch
         self.keep(growth.now, growth.before)
 
         def tile(t):
             now, before = t.of_groups(2)
-            scratch.v[t.here] = part_of(scratch.v[t.here], growth._replace(now=now))
-            scratch.shapes[t.here] *= before
+            part = part_of(scratch.v[t.here], growth._replace(now=now))
+            then = scratch.shapes[t.here] * before
+            scratch.v[t.here], scratch.shapes[t.here] = part, then
+            t.sum_rows(NOW, part)
+            t.sum_rows(THEN, then)
 
         self.each_tile(tile)
 
     def move_rows(self, growth: Growth, row: jax.Array, sums: jax.Array) -> jax.Array:
         """Let all rows follow their elements, and centre the codes of the round-robin ones."""
         s, scratch = self.s, self.scratch
-        group, left = self.place.of_lanes(
-            self.chunk * CHUNK + self.tile_of_row, jnp.zeros((1, ROWS), jnp.int32)
-        )
-        now, before = self.sums_of_rows(scratch.v), self.sums_of_rows(scratch.shapes)
-        element = lax.bitcast_convert_type(self.element_of_row, jnp.uint32)
+        tiles = self.chunk * CHUNK + lax.broadcasted_iota(jnp.int32, (1, CHUNK), 1)
+        group, left = self.place.of_lanes(tiles, jnp.zeros_like(tiles))
+        element = lax.bitcast_convert_type(self.element, jnp.uint32)
         dither = Dither(s.keys, group, element).nu
-        moved = row + row_step(now, before, dither, self.coded)
+        moved = row + row_step(scratch.rows[NOW], scratch.rows[THEN], dither, self.coded)
         moved += self.if_coded(self.centring(growth, sums, dither))
         count = jnp.clip(left, 0, GROUP)
-        known = self.element_of_row < count
-        lowest = -self.over_tiles(
-            jnp.max, jnp.where(known, -moved, -float(ROW_LAST)), -float(ROW_LAST)
-        )
-        lowest = self.of_tiles(lowest)
+        known = self.element < count
+        lowest = jnp.where(known, -moved, -float(ROW_LAST))
+        lowest = -jnp.max(lowest, axis=0, keepdims=True)
         moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
-        down, row = codes_of_rows(moved - row, s.lat), moved - lowest
-        root, inverse = root_of_row(row), root_of_row(-row)
-        energy = self.over_tiles(jnp.sum, jnp.where(known, root * root, 0.0), 0.0)
+        scratch.rows[DOWN] = codes_of_rows(moved - row, s.lat)
+        row = moved - lowest
+        root = root_of_row(row)
+        energy = jnp.sum(jnp.where(known, root * root, 0.0), axis=0, keepdims=True)
         size = jnp.maximum(count, 1).astype(jnp.float32)  # a tile that only aligns has no elements
-        share = root * root / jnp.maximum(self.of_tiles(energy) / size, TINY)
-        self.keep_rows(AFTER, down, root, inverse, share)
+        scratch.rows[ROOT], scratch.rows[INVERSE] = root, root_of_row(-row)
+        scratch.rows[SHARE] = root * root / jnp.maximum(energy / size, TINY)
         return row
 
     def centring(self, growth: Growth, sums: jax.Array, dither: jax.Array) -> jax.Array:
-        """Steps of each row, [1, 256]: none but the round-robin ones make one."""
+        """Steps of each row, [32, 8]: none but the round-robin ones make one."""
         s, alive = self.s, jnp.where(growth.presence == 1.0, jnp.float32(1), jnp.float32(0))
         i = s.round_row  # word r of tile k is in row 8 r + k
         words = self.scratch.words[1, pl.ds(pl.multiple_of((i & 7) * CHUNK, CHUNK), CHUNK)]
@@ -184,10 +195,10 @@ class Passes(Chunk):
         valid = jnp.where(here, alive, 0.0)
         each = (valid * old, valid, alive * sums, alive * self.size)
         codes, living, all_codes, all_living = (
-            self.of_tiles(jnp.sum(x, axis=1, keepdims=True)) for x in each
+            self.of_rows(jnp.sum(x, axis=1, keepdims=True)) for x in each
         )
         step = centring_step(codes, living, all_codes, all_living, s.lat, dither)
-        return jnp.where(self.element_of_row == s.round_row, step, 0.0)
+        return jnp.where(self.element == s.round_row, step, 0.0)
 
     def step_codes(self) -> jax.Array:
         """nu's codes move with the drift of their elements. Per group: the least."""
@@ -197,7 +208,7 @@ class Passes(Chunk):
             now, before = scratch.v[t.here], scratch.shapes[t.here]
             dither = t.noise.nu
             old = to_float(t.codes(1))
-            codes = stepped(old, now, before, t.of_rows(AFTER, DOWN), self.s.lat, dither)
+            codes = stepped(old, now, before, t.of_rows(DOWN), self.s.lat, dither)
             scratch.shapes[t.here] = codes
             t.reduce(0, jnp.minimum, codes)
 
@@ -219,9 +230,9 @@ class Passes(Chunk):
 
         def tile(t, coded):
             of_group = Group(*t.of_groups(4))
-            mu, root = scratch.mu[t.here], t.of_rows(AFTER, ROOT)
+            mu, root = scratch.mu[t.here], t.of_rows(ROOT)
             update, _ = self.result(
-                scratch.data[t.here], mu, scratch.v[t.here], t.of_rows(AFTER, SHARE), of_group
+                scratch.data[t.here], mu, scratch.v[t.here], t.of_rows(SHARE), of_group
             )
             if applied:
                 bits = rounding_bits(s.keys, t.group, t.element) if stochastic else None
@@ -235,7 +246,7 @@ class Passes(Chunk):
                 root = root_of(codes, s.lat) * root
                 e = mu / root
             else:
-                e = mu * t.of_rows(AFTER, INVERSE)
+                e = mu * t.of_rows(INVERSE)
             scratch.mu[t.here] = e
             t.reduce(0, jnp.add, jnp.broadcast_to(root * root * t.valid, (GROUP, LANES)))
             t.reduce(1, jnp.maximum, jnp.abs(e))
@@ -267,8 +278,8 @@ class Passes(Chunk):
         """What is overwritten before statistics are taken, of the round-robin rows, [8, 128]."""
         scratch, pick = self.scratch, self.round_row
         g, part = pick(scratch.data), pick(scratch.v)
-        rows = pick(scratch.columns.at[AFTER])
-        root, share = (rows[:, what : what + 1] for what in (ROOT, SHARE))
+        here = pl.ds(self.s.round_row, 1)
+        root, share = (self.of_columns(scratch.rows[what, here]) for what in (ROOT, SHARE))
         update, v_used = self.result(g, pick(scratch.mu), part, share, group)
         codes = jnp.minimum(pick(scratch.shapes) - group.least, group.last)
         codes, zero = self.if_coded(codes), jnp.zeros_like(g)

@@ -3,9 +3,9 @@ once.
 
 A vector register holds 8 x 128 numbers. Of a tile's elements that is a quarter; of its groups there
 are only 128 and of its rows 32, so a formula of these, tile by tile, would leave most of every
-register empty. Here numbers of groups are [8, 128], a tile in each row, and numbers of rows [1,
-256], side by side. Groups are reduced in the order of `by_halves`. Rows are summed over their lanes
-by the matrix unit, whose products with 1 are exact and whose sums come side by side.
+register empty, and each would wait for the one before. Here numbers of groups are [8, 128], a tile
+in each row, and numbers of rows [32, 8], a tile in each column. Groups are reduced in the order of
+`by_halves`.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,8 @@ from stquant_jax.storage.noise import Dither
 from stquant_jax.storage.planes import GROUP, LANES, codes_of, words_of
 
 SUBLANES = CHUNK  # of a register, which holds a number of each group of a chunk
-UNROLLED = 4  # tiles at a time in a pass, or one waits for itself
-# Columns of `Scratch.columns`, first of the old rows, then of the new: so many are made at once.
-BEFORE, AFTER = range(2)
-DOWN, ROOT, INVERSE, SHARE = range(4)
-_COLUMNS = SUBLANES
+# Numbers of rows, in `Scratch.rows`: of the old ones, sums over their lanes, of the new ones.
+BEFORE, NOW, THEN, DOWN, ROOT, INVERSE, SHARE = range(7)
 
 
 class Scratch(NamedTuple):
@@ -42,7 +39,7 @@ class Scratch(NamedTuple):
     mu: Any  # float32[256, 128]: mu, then mu over roots
     v: Any  # float32[256, 128]: v, then its parts of the groups' energies
     shapes: Any  # float32[256, 128]: old roots squared, the same for these; nu's new codes
-    columns: Any  # float32[2, 256, 8]: numbers of rows, before and after
+    rows: Any  # float32[7, 32, 8]: numbers of rows
     groups: Any  # float32[4, 8, 128]: numbers of groups that a pass needs
     places: Any  # int32[2, 8, 128]: index of each group, and how many elements it has
     parts: Any  # float32[3, 64, 128]: of three sums, for each tile a register yet to be reduced
@@ -54,7 +51,7 @@ class Scratch(NamedTuple):
         block, registers = (ROWS, LANES), (CHUNK, LANES)
         shapes = dict.fromkeys(("data", "params", "mu", "v", "shapes"), block)
         shapes |= {
-            "columns": (2, ROWS, _COLUMNS),
+            "rows": (7, GROUP, CHUNK),
             "groups": (4, *registers),
             "places": (2, *registers),
             "parts": (3, CHUNK * SUBLANES, LANES),
@@ -68,7 +65,7 @@ class Scratch(NamedTuple):
 
 
 class Chunk:
-    """A chunk of a leaf. Numbers of groups are float32[8, 128], of rows [1, 256]."""
+    """A chunk of a leaf. Numbers of groups are float32[8, 128], of rows [32, 8]."""
 
     def __init__(self, rule: Adam, chunks: Chunks, s: Scalars, chunk: jax.Array, scratch: Scratch):
         self.rule, self.chunks, self.s, self.chunk, self.scratch = rule, chunks, s, chunk, scratch
@@ -84,12 +81,10 @@ class Chunk:
         if chunks.ragged:
             self.size = jnp.clip(left, 0, GROUP).astype(jnp.float32)
         self.coins = Dither(s.keys, self.group, jnp.uint32(0))
-        # Of rows, [1, 256].
-        at = lax.broadcasted_iota(jnp.int32, (1, ROWS), 1)
-        self.tile_of_row, self.element_of_row = lax.div(at, GROUP), lax.rem(at, GROUP)
+        self.element = lax.broadcasted_iota(jnp.int32, (GROUP, CHUNK), 0)  # of rows
 
     def each_tile(self, body: Callable[[Any], None]) -> None:
-        pl.loop(0, CHUNK, unroll=UNROLLED)(lambda k: body(Tile(self, k)))
+        pl.loop(0, CHUNK, unroll=True)(lambda k: body(Tile(self, k)))
 
     def each_tile_by_program(self, body: Callable[[Any, bool], None]) -> None:
         """``body(tile, coded)``: with codes of nu, or without."""
@@ -111,30 +106,18 @@ class Chunk:
             rows = [combine(rows[r], rows[r + half]) for r in range(half)]
         return rows[0]
 
-    def keep_rows(self, which: int, *numbers: jax.Array) -> None:
-        """Numbers of rows, [1, 256], for all passes to come: `Tile.of_rows`."""
-        rest = jnp.zeros((_COLUMNS - len(numbers), ROWS), jnp.float32)
-        x = jnp.concatenate([*numbers, rest])
-        # Turned over: as products with the identity that is a fraction of a transposition.
-        at = partial(lax.broadcasted_iota, jnp.int32, (LANES, LANES))
-        identity = jnp.where(at(0) == at(1), 1.0, 0.0).astype(jnp.bfloat16)
-        for half in range(0, ROWS, LANES):
-            columns = _product(identity, x[:, half : half + LANES])
-            self.scratch.columns[which, half : half + LANES] = columns
+    def of_columns(self, x: jax.Array) -> jax.Array:
+        """A number of each tile, [1, 8], as one of its groups: [8, 1]."""
+        return jnp.sum(jnp.where(self._same, x, 0.0), axis=1, keepdims=True)
 
-    def sums_of_rows(self, block: Any) -> jax.Array:
-        """Over the lanes of a [256, 128]: [1, 256]."""
-        return _product(jnp.ones((SUBLANES, LANES), jnp.bfloat16), block[...])[:1]
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """The other way round."""
+        return jnp.sum(jnp.where(self._same, x, 0.0), axis=0, keepdims=True)
 
-    def of_tiles(self, x: jax.Array) -> jax.Array:
-        """A number of each tile, [8, 1], for each row: [1, 256]."""
-        here = lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 0) == self.tile_of_row
-        return jnp.sum(jnp.where(here, x, 0.0), axis=0, keepdims=True)
-
-    def over_tiles(self, reduce: Callable, x: jax.Array, neutral: float) -> jax.Array:
-        """Of rows, [1, 256], a number of each tile: [8, 1]."""
-        here = lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 0) == self.tile_of_row
-        return reduce(jnp.where(here, x, neutral), axis=1, keepdims=True)
+    @property
+    def _same(self) -> jax.Array:
+        at = partial(lax.broadcasted_iota, jnp.int32, (CHUNK, CHUNK))
+        return at(0) == at(1)
 
     def round_row(self, block: Any) -> jax.Array:
         """The round-robin row of every tile, [8, ...]."""
@@ -159,9 +142,13 @@ class Tile:
         """What was kept of groups, [1, 128]."""
         return [self.scratch.groups[i, pl.ds(self.k, 1)] for i in range(n)]
 
-    def of_rows(self, which: int, what: int) -> jax.Array:
-        """What was kept of rows, [32, 1]."""
-        return self.scratch.columns[which, self.here, pl.ds(what, 1)]
+    def of_rows(self, what: int) -> jax.Array:
+        """A number of the tile's rows, [32, 1]."""
+        return self.scratch.rows[what, :, pl.ds(self.k, 1)]
+
+    def sum_rows(self, what: int, x: jax.Array) -> None:
+        """Over the lanes."""
+        self.scratch.rows[what, :, pl.ds(self.k, 1)] = jnp.sum(x, axis=1, keepdims=True)
 
     @property
     def group(self) -> jax.Array:
@@ -194,13 +181,11 @@ class Tile:
         self.scratch.parts[i, at] = x
 
 
-def _product(ones: jax.Array, x: jax.Array) -> jax.Array:
-    """ones x.T in float32, of bfloat16 that are 0 or 1 and of float32, cut into the three bfloat16
-    that hold it exactly."""
-    product = jnp.zeros((len(ones), len(x)), jnp.float32)
-    for _ in range(3):
-        part = x.astype(jnp.bfloat16)
-        contract = (((1,), (1,)), ((), ()))
-        product += lax.dot_general(ones, part, contract, preferred_element_type=jnp.float32)
-        x -= part.astype(jnp.float32)
-    return product
+def rows_of(x: jax.Array) -> jax.Array:
+    """Of rows, [1, 256] as they are stored: [32, 8]."""
+    return jnp.concatenate([x[:, k * GROUP : (k + 1) * GROUP] for k in range(CHUNK)]).T
+
+
+def stored_rows(x: jax.Array) -> jax.Array:
+    """`rows_of` undone."""
+    return jnp.concatenate([x.T[k : k + 1] for k in range(CHUNK)], axis=1)
