@@ -1,4 +1,5 @@
-"""The GPU backend: Mosaic kernels of `pallas_kernels.gpu`, one launch per quantized leaf."""
+"""The GPU backend: Mosaic kernels of `pallas_kernels.gpu`, a launch for up to sixteen
+leaves of one geometry."""
 
 import jax
 import jax.numpy as jnp
