@@ -30,15 +30,14 @@ from tqdm import tqdm
 
 import stquant_jax as stquant
 from benchmarks import _io
-from benchmarks.memory.traffic import ADAM, step_bytes
+from benchmarks.memory.traffic import ADAM, CHIPS, step_bytes, stored
 from benchmarks.speed import aot
 from pallas_kernels.tpu.chunks import CHUNK
-from stquant_jax.storage.planes import GROUP, TILE
+from stquant_jax.storage.planes import TILE
 
 SHAPE, WIDTHS = (768, 3072), (4, 3)
-# Cycles and bytes a second: peak operations over those of a core's matrix units, and Google Cloud's
-# documentation. What v6e's clock is does not follow.
-CHIPS = {"v5e": (1.5e9, 0.82e12), "v5p": (1.75e9, 2.77e12), "v6e": (None, 1.6e12)}
+# Cycles a second: peak operations over those of a core's matrix units. v6e's does not follow.
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": None}
 KERNEL = "stquant_update"
 FLAGS = (
     "--xla_msa_enable=false"  # a leaf alone would be put into the chip's own memory whole
@@ -67,6 +66,10 @@ def compile_leaf(chip: str) -> dict[str, Any]:
     return {"vmem_bytes": int(re.search(r'used_scoped_memory_configs.*?"size":"(\d+)"', call)[1])}
 
 
+def _widths(coded: bool) -> tuple[int, int]:
+    return WIDTHS[0], WIDTHS[1] * coded
+
+
 def cycles(schedule: str, coded: bool) -> float:
     """Per tile, of the program with codes of nu or of the one without."""
     starts = [m.start() for m in _BUNDLE.finditer(schedule)]
@@ -78,7 +81,7 @@ def cycles(schedule: str, coded: bool) -> float:
     inner = [x for x in back if grid[0] < x[0] and x[1] < grid[1]]
     planes = [last - first + 1 for first, last in inner]
     blocks = [to - at for at, to in jumps if grid[0] < at and LEAST < to - at < MOST]
-    each = [n * happens for happens in COPIES for n in (WIDTHS if coded else (WIDTHS[0], 0))]
+    each = [width * happens for happens in COPIES for width in _widths(coded)]
     copies = sum(length * turns for length, turns in zip(planes, each, strict=True))
     left_out = sum(x for x, runs in zip(blocks, BLOCKS, strict=True) if runs != coded)
     return round((grid[1] - grid[0] + 1 - left_out - sum(planes) + copies) / CHUNK, 1)
@@ -102,18 +105,15 @@ def measure(chip: str) -> dict[str, dict[str, Any]]:
         )
         kernel = _io.read_json(record)
     kernel["code_bytes"] = BUNDLE_BYTES * len(_BUNDLE.findall(final))
-    clock, bandwidth = CHIPS[chip]
+    clock, bandwidth = CLOCKS[chip], CHIPS[f"TPU {chip}"]
     found = {}
     for coded in (True, False):
-        count, bits = cycles(schedule, coded), WIDTHS[0] + WIDTHS[1] * coded
-        bytes_ = {
-            "ns_of_bytes": step_bytes(bits / 8 + 3 / GROUP + GROUP / TILE),
-            "ns_of_float32_adam": step_bytes(ADAM),
-        }
+        count = cycles(schedule, coded)
+        state = {"ns_of_bytes": stored(*_widths(coded)), "ns_of_float32_adam": ADAM}
         found[f"{chip}{'' if coded else ', no codes'}"] = {
             "cycles_per_tile": count,
             "ns_per_tile": clock and round(count / clock * 1e9),
-            **{name: round(n * TILE / bandwidth * 1e9) for name, n in bytes_.items()},
+            **{name: round(step_bytes(n) * TILE / bandwidth * 1e9) for name, n in state.items()},
             **kernel,
         }
     return found
@@ -123,14 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--of", choices=CHIPS, help="in this process: a chip")
+    parser.add_argument("--of", choices=CLOCKS, help="in this process: a chip")
     parser.add_argument("--json", type=Path, default=_io.RESULTS / "aot_cycles.json")
     options = parser.parse_args()
     if options.of:
         _io.write_json(options.json, compile_leaf(options.of))
         return
     kernels = {}
-    for chip in tqdm(CHIPS):
+    for chip in tqdm(CLOCKS):
         kernels |= measure(chip)
     _io.write_json(
         options.json,

@@ -111,7 +111,8 @@ def update(
         Geometry.of(leaf, rule, g.dtype, None if p is None else p.dtype, rounds)
         for leaf, g, p, rounds in zip(layout.quantized, grads, params, rounded, strict=True)
     ]
-    results, sums = list(grads), list(grads)  # places
+    results: dict[int, jax.Array] = {}
+    sums: dict[int, jax.Array] = {}
     for batch in _batches(geometries):
         geometry = geometries[batch[0]]
 
@@ -131,4 +132,5 @@ def update(
         for i, x, part in zip(batch, xs, jnp.split(parts, len(batch)), strict=True):
             results[i] = leaf_of(x, layout.quantized[i], geometry.staged)
             sums[i] = part
-    return results, stored, sums
+    leaves = range(len(grads))
+    return [results[i] for i in leaves], stored, [sums[i] for i in leaves]

@@ -57,8 +57,8 @@ def write(block: Any, i: jax.Array | int, x: jax.Array) -> None:
 def sums_of_rows(blocks: Sequence[Any], parts: Sequence[Any]) -> list[jax.Array]:
     """Sums over the lanes: of row i in lane i of a vector, whose other lanes hold anything.
 
-    A sum of one row over all threads takes some thirty instructions of each; here every thread adds
-    a quarter of a row, and those that come of it are exchanged once.
+    A sum of one row over all threads keeps each of them busy; here every thread adds a quarter of a
+    row, and those that come of it are exchanged once.
 
     Args:
       blocks: references to float32 `BLOCK`s; all threads have met since they were written.

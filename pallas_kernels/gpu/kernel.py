@@ -28,26 +28,24 @@ from pallas_kernels.gpu.instructions import SPECIAL
 from pallas_kernels.gpu.lanes import meet, vector
 from pallas_kernels.gpu.tile import Tile
 from pallas_kernels.leaves import SUMS, Scalars
-from stquant_jax.codecs import Lattice, Second, decode_first, decoded_second, error_of
-from stquant_jax.codecs.first import gain_of, gain_over_roots, length_of, quantized
+from stquant_jax.codecs import Second, decoded_second, error_of
+from stquant_jax.codecs.first import decoded_first, gain_of, gain_over_roots, length_of, quantized
 from stquant_jax.codecs.lattices import (
-    ROW_LAST,
     Growth,
     base_of,
     centring_step,
-    codes_of_rows,
     grown,
     last_code,
     part_of,
-    pull,
+    pull_of_part,
     root_of,
-    root_of_row,
     row_step,
+    settled,
     stepped,
 )
 from stquant_jax.rules.apply import apply_block
 from stquant_jax.storage.noise import rounding_bits
-from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
+from stquant_jax.storage.numerics import exp2, to_code, to_float
 from stquant_jax.storage.planes import GROUP
 
 Terms = Callable[..., Sequence[jax.Array]]
@@ -89,7 +87,8 @@ def _update_tile(
     tile.take_parts(growth)
     tile.move_rows(growth, codes)
     tile.fetch_params(out)
-    group = Group.of(growth, energy, tile.step_codes() if coded else None, s.lat)
+    least = tile.step_codes() if coded else None
+    group = Group(growth, least, *pull_of_part(growth, energy, s.lat))
     decoded, largest = tile.direct(group)
     nu_scale, octaves = base_of(energy, decoded, growth, tile.coins.nu_coin)
     inverse_base = exp2(-octaves)
@@ -113,14 +112,6 @@ class Group(NamedTuple):
     half: jax.Array  # of its energy: v over its part
     on_part: jax.Array  # factors in the v that an update uses: of the element's part
     on_share: jax.Array  # and of its row's share
-
-    @classmethod
-    def of(
-        cls, growth: Growth, energy: jax.Array, least: jax.Array | None, lat: Lattice
-    ) -> "Group":
-        half = jnp.where(growth.now > 0, 0.5 * energy, 0.0)
-        on_v, on_share = pull(growth.mean, lat)
-        return cls(growth, least, half, on_v * half, on_share)
 
 
 class Passes(Tile):
@@ -148,7 +139,7 @@ class Passes(Tile):
         def element(r, q, mu_code, nu_code):
             i = r + 8 * q
             old = self.second(nu_code, scratch.roots[i], i)
-            mu = decode_first(mu_code, self.mu_scale, old.root, old.base, s.lev)
+            mu = decoded_first(mu_code, old.root, self.step, s.lev)
             mu, v = self.geometry.rule.accumulate(self.gradient(r, q), mu, old.v, s.rule)
             scratch.mu[i] = mu
             write(scratch.v, i, v)
@@ -205,18 +196,12 @@ class Passes(Tile):
         # Which rows there are is what the tile's first lane says.
         count = jnp.clip(self.first_left, 0, GROUP)
         known = self.lane < count
-        lowest = -jnp.max(jnp.where(known, -moved, -float(ROW_LAST)))
-        moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
-        row = moved - lowest
-        root, inverse = root_of_row(row), root_of_row(-row)
         size = jnp.maximum(count, 1).astype(jnp.float32)  # a tile that only aligns has no elements
-        self.energy_of_rows = jnp.sum(jnp.where(known, root * root, 0.0))
-        mean = self.energy_of_rows / size
-        share = root * root / jnp.maximum(mean, TINY)
-        down = codes_of_rows(moved - self.row, s.lat)
-        for what, x in enumerate((down, root, inverse, share)):
+        rows = settled(self.row, moved, known, size, jnp.max, jnp.sum, s.lat)
+        self.energy_of_rows = rows.energy
+        for what, x in enumerate((rows.down, rows.root, rows.inverse, rows.share)):
             scratch.of_rows[what] = x
-        scratch.row_codes[...] = to_code(row).astype(jnp.uint8)
+        scratch.row_codes[...] = to_code(rows.row).astype(jnp.uint8)
         meet()
 
     def rows(self, what: int, i: jax.Array) -> jax.Array:

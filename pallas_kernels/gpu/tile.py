@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import words
 from pallas_kernels.gpu.lanes import lane_index, meet, vector
+from stquant_jax.codecs.first import step_of
 from stquant_jax.codecs.lattices import decoded_base, root_of_row
 from stquant_jax.storage.arena import Span
 from stquant_jax.storage.noise import Dither
@@ -76,8 +77,9 @@ class Tile:
         words.load(stored.arena, self.mu_slot, home, scratch.mu_words)
         if self.coded:
             words.load(stored.arena, self.nu_slot, home, scratch.nu_words)
-        self.mu_scale = stored.mu_scale[self.at].astype(jnp.uint32)
+        mu_scale = stored.mu_scale[self.at].astype(jnp.uint32)
         self.base = decoded_base(stored.nu_scale[self.at].astype(jnp.uint32))
+        self.step = step_of(mu_scale, self.base, self.s.lev)
         plgpu.barrier_wait(scratch.arrived)
         self.row = to_float(scratch.row_codes[...].astype(jnp.uint32))  # of row i, in lane i
         self.root = root_of_row(self.row)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.gpu.folding import QUARTERS
 from stquant_jax.storage.arena import Span
 from stquant_jax.storage.numerics import to_code
-from stquant_jax.storage.planes import PLANES, transpose8x8
+from stquant_jax.storage.planes import PLANES, code_in, transpose8x8
 
 
 def load(arena: Any, slot: Span, home: jax.Array, words: Any) -> None:
@@ -59,4 +59,4 @@ def put_whole(words: Any, r: jax.Array, parts: list[jax.Array], lowest: jax.Arra
 
 def code_at(words: Any, i: jax.Array) -> jax.Array:
     """The code of element i."""
-    return (words[i & 7] >> (i >> 3 << 3).astype(jnp.uint32)) & jnp.uint32(0xFF)
+    return code_in(words[i & 7], i)

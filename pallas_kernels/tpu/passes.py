@@ -39,27 +39,26 @@ from stquant_jax.codecs.first import (
     step_of,
 )
 from stquant_jax.codecs.lattices import (
-    ROW_LAST,
     Growth,
     base_of,
     centring_step,
-    codes_of_rows,
     decoded_base,
     grown,
     last_code,
     part_of,
-    pull,
+    pull_of_part,
     root_of,
     root_of_row,
     row_step,
+    settled,
     stepped,
 )
 from stquant_jax.codecs.second import decoded_second
 from stquant_jax.rules.adam import Adam
 from stquant_jax.rules.apply import apply_block
 from stquant_jax.storage.noise import Dither, rounding_bits
-from stquant_jax.storage.numerics import TINY, exp2, to_code, to_float
-from stquant_jax.storage.planes import GROUP, LANES
+from stquant_jax.storage.numerics import exp2, to_code, to_float
+from stquant_jax.storage.planes import GROUP, LANES, code_in
 
 
 class Codes(NamedTuple):
@@ -102,9 +101,8 @@ def update_chunk(
     growth = grown(energy, this.size, before)
     this.take_parts(growth)
     row = this.move_rows(growth, row, sums)
-    half = jnp.where(growth.now > 0, 0.5 * energy, 0.0)
-    on_v, on_share = pull(growth.mean, s.lat)
-    group = Group(this.step_codes(), last_code(growth, s.lat), on_v * half, on_share)
+    half, *factors = pull_of_part(growth, energy, s.lat)
+    group = Group(this.step_codes(), last_code(growth, s.lat), *factors)
     sample = this.sample(group)
     decoded, largest = this.direct(group, applied, stochastic)
     nu_scale, octaves = base_of(energy, decoded, growth, this.coins.nu_coin)
@@ -173,26 +171,19 @@ class Passes(Chunk):
         moved += self.if_coded(self.centring(growth, sums, dither))
         count = jnp.clip(left, 0, GROUP)
         known = self.element < count
-        lowest = jnp.where(known, -moved, -float(ROW_LAST))
-        lowest = -jnp.max(lowest, axis=0, keepdims=True)
-        moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
-        scratch.rows[DOWN] = codes_of_rows(moved - row, s.lat)
-        row = moved - lowest
-        root = root_of_row(row)
-        energy = jnp.sum(jnp.where(known, root * root, 0.0), axis=0, keepdims=True)
         size = jnp.maximum(count, 1).astype(jnp.float32)  # a tile that only aligns has no elements
-        scratch.rows[ROOT], scratch.rows[INVERSE] = root, root_of_row(-row)
-        scratch.rows[SHARE] = root * root / jnp.maximum(energy / size, TINY)
-        return row
+        most, total = (partial(f, axis=0, keepdims=True) for f in (jnp.max, jnp.sum))
+        rows = settled(row, moved, known, size, most, total, s.lat)
+        scratch.rows[DOWN], scratch.rows[ROOT] = rows.down, rows.root
+        scratch.rows[INVERSE], scratch.rows[SHARE] = rows.inverse, rows.share
+        return rows.row
 
     def centring(self, growth: Growth, sums: jax.Array, dither: jax.Array) -> jax.Array:
         """Steps of each row, [32, 8]: none but the round-robin ones make one."""
         s, alive = self.s, jnp.where(growth.presence == 1.0, jnp.float32(1), jnp.float32(0))
         i = s.round_row  # word r of tile k is in row 8 r + k
         words = self.scratch.words[1, pl.ds(pl.multiple_of((i & 7) * CHUNK, CHUNK), CHUNK)]
-        old = to_float((words >> (i >> 3 << 3).astype(jnp.uint32)) & jnp.uint32(0xFF))
-        here = s.round_row < self.size.astype(jnp.int32)
-        valid = jnp.where(here, alive, 0.0)
+        old, valid = to_float(code_in(words, i)), alive * self.has_round_row
         each = (valid * old, valid, alive * sums, alive * self.size)
         codes, living, all_codes, all_living = (
             self.of_rows(jnp.sum(x, axis=1, keepdims=True)) for x in each
@@ -310,9 +301,8 @@ class Passes(Chunk):
         i = s.round_row.astype(jnp.uint32)
         q = quantized(e, gain, s.lev, Dither(s.keys, self.group, i).mu)
         code = q - s.lev.low
-        valid = jnp.where(s.round_row < self.size.astype(jnp.int32), 1.0, 0.0)
         sample = sample | {
-            "present": valid * growth.presence == 1.0,
+            "present": self.has_round_row * growth.presence == 1.0,
             "nu": sample["nu"] * half,
             "predicted": sample["predicted"] * growth.mean,
             "inverse_root": inverse_base / sample["inverse_root"],

@@ -119,6 +119,11 @@ class Chunk:
         at = partial(lax.broadcasted_iota, jnp.int32, (CHUNK, CHUNK))
         return at(0) == at(1)
 
+    @property
+    def has_round_row(self) -> jax.Array:
+        """1 for groups that have an element there, 0 for others."""
+        return jnp.where(self.s.round_row < self.size.astype(jnp.int32), 1.0, 0.0)
+
     def round_row(self, block: Any) -> jax.Array:
         """The round-robin row of every tile, [8, ...]."""
         return block[pl.ds(self.s.round_row, CHUNK, stride=GROUP)]

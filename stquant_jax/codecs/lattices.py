@@ -1,6 +1,7 @@
 """The lattice of the second moment, and the formulas of `encode_second` on it, in their order:
 elementwise, or of a group or a row from its sums."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -163,9 +164,41 @@ def centring_step(
     return jnp.where(living > 0, move, 0.0)
 
 
-def codes_of_rows(steps: jax.Array, lat: Lattice) -> jax.Array:
-    """Steps of rows in codes, not whole."""
-    return steps * (1 / (ROW_PER_OCTAVE * lat.delta))
+class Rows(NamedTuple):
+    """A tile's rows after a step, each number of every row."""
+
+    down: jax.Array  # codes that it moved
+    row: jax.Array
+    root: jax.Array
+    inverse: jax.Array  # of its root
+    share: jax.Array  # of what its group's mean predicts of v
+    energy: jax.Array  # sum of all roots squared, of the tile
+
+
+def settled(
+    row: jax.Array,
+    moved: jax.Array,
+    known: jax.Array,
+    size: jax.Array,
+    most: Callable[[jax.Array], jax.Array],
+    total: Callable[[jax.Array], jax.Array],
+    lat: Lattice,
+    ops: Ops = Ops(),  # noqa: B008
+) -> Rows:
+    """Rows that have ``moved``, counted from the tile's lowest, at most ROW_LAST above it.
+
+    Args:
+      known: the rows that there are; size: how many, 1 at least.
+      most, total: reduce over the tile's rows.
+    """
+    lowest = -most(jnp.where(known, -moved, -float(ROW_LAST)))
+    moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
+    down = (moved - row) * (1 / (ROW_PER_OCTAVE * lat.delta))
+    row = moved - lowest
+    down, row, root, inverse = ops.hold((down, row, root_of_row(row), root_of_row(-row)))
+    energy = total(jnp.where(known, root * root, 0.0))
+    share = ops.hold(root * root / jnp.maximum(energy / size, TINY))
+    return Rows(down, row, root, inverse, share, energy)
 
 
 def stepped(
@@ -213,3 +246,12 @@ def pull(mean: jax.Array, lat: Lattice) -> tuple[jax.Array, jax.Array]:
     product of its group's mean and its row's share of it (James and Stein)."""
     part = jnp.where(lat.shrinkage * mean < _LEAST_PULL, 0.0, lat.shrinkage)
     return lat.length * (1.0 - part), lat.length * part * mean
+
+
+def pull_of_part(
+    growth: Growth, energy: jax.Array, lat: Lattice
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v over its `part_of`, and `pull` where the part stands for v."""
+    half = jnp.where(growth.now > 0, 0.5 * energy, 0.0)
+    on_v, on_share = pull(growth.mean, lat)
+    return half, on_v * half, on_share

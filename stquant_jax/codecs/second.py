@@ -14,6 +14,7 @@ common growth, and an element takes a step with the small probability that its o
 The error is proportional to delta.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,6 @@ from stquant_jax.codecs.lattices import (
     Lattice,
     base_of,
     centring_step,
-    codes_of_rows,
     decoded_base,
     grown,
     last_code,
@@ -35,6 +35,7 @@ from stquant_jax.codecs.lattices import (
     root_of,
     root_of_row,
     row_step,
+    settled,
     stepped,
 )
 from stquant_jax.codecs.ops import Ops, group_max, group_min, group_sum, take_row
@@ -143,24 +144,19 @@ def encode_second(
         step = _centring(old.codes, valid, count, growth.presence, round_row, lat, of_row, ops)
         moved += jnp.where(coded, step, 0.0) if by_tile else step
     first = valid[..., :1]  # of the tile's groups; where tiles only align it has no elements
-    lowest = -group_max(jnp.where(first > 0, -moved, -float(ROW_LAST)), ops)
-    moved = jnp.clip(moved, lowest, lowest + ROW_LAST)
-    down = codes_of_rows(moved - row, lat)
-    row = moved - lowest
-    root = root_of_row(row)
-    down, row, root, inverse = hold((down, row, root, root_of_row(-row)))
-    of_rows = group_sum(root * root * first, ops) / jnp.maximum(group_sum(first, ops), 1.0)
-    share = hold(root * root / jnp.maximum(of_rows, TINY))
+    size = jnp.maximum(group_sum(first, ops), 1.0)
+    most, total = partial(group_max, ops=ops), partial(group_sum, ops=ops)
+    rows = settled(row, moved, first > 0, size, most, total, lat, ops)
 
-    codes = None
+    root, codes = rows.root, None
     if old.codes is not None:
-        codes = hold(stepped(old.codes, now, before, down, lat, dither))
+        codes = hold(stepped(old.codes, now, before, rows.down, lat, dither))
         codes = jnp.minimum(codes - hold(group_min(codes, ops)), last_code(growth, lat))
         codes = hold(to_code(codes))
         root = hold(root_of(codes, lat) * root)
     scale, rounded = base_of(energy, group_sum(root * root * valid, ops), growth, coin)
     inverse_base = hold(exp2(-rounded))
-    inverse_root = inverse_base * inverse
+    inverse_root = inverse_base * rows.inverse
     if codes is not None:
         by_codes = inverse_base / root
         inverse_root = jnp.where(coded, by_codes, inverse_root) if by_tile else by_codes
@@ -168,12 +164,12 @@ def encode_second(
     return SecondCode(
         codes=codes,
         scale=scale,
-        row=row,
-        v_used=on_v * v + on_share * share,
+        row=rows.row,
+        v_used=on_v * v + on_share * rows.share,
         inverse_root=inverse_root,
         presence=growth.presence,
         mean=growth.mean,
-        share=share,
+        share=rows.share,
     )
 
 

@@ -43,6 +43,11 @@ def codes_of(words: jax.Array) -> jax.Array:
     return jnp.concatenate([(words >> shift) & jnp.uint32(0xFF) for shift in (0, 8, 16, 24)], -2)
 
 
+def code_in(words: jax.Array, i: jax.Array) -> jax.Array:
+    """The code of element i in words i & 7, transposed."""
+    return (words >> (i >> 3 << 3).astype(jnp.uint32)) & jnp.uint32(0xFF)
+
+
 def words_of(codes: jax.Array) -> jax.Array:
     """uint32[..., 32, 128] codes below 256 -> uint32[..., 8, 128] words, `codes_of` undone."""
     quarter = [codes[..., 8 * q : 8 * q + 8, :] << (8 * q) for q in range(4)]
